@@ -1,0 +1,51 @@
+# Every target installs what it needs into .venv first. Nothing but python3 >= 3.11, make and the package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.cfg pyproject.toml
+
+.PHONY: setup demo run test lint type format bench clean
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gpumgr needs python3 >= 3.11: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python3 cannot make a virtual environment: on Debian, apt install python3-venv"; exit 1; }
+
+$(VENV)/.server: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[server]'
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/.server
+
+$(VENV)/.dev: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.test $(VENV)/.server
+
+setup: $(VENV)/.dev            ## everything for working on gpumgr
+
+demo: $(VENV)/.server          ## the story on a simulated card, in the terminal; Ctrl-C ends it
+	@$(BIN)/gpumgr demo
+
+run: $(VENV)/.server           ## the broker on config/consumers.yaml
+	@exec $(BIN)/gunicorn -c config/gunicorn.conf.py wsgi:app
+
+test: $(VENV)/.test            ## the whole suite
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(VENV)/.dev
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test           ## the figures of docs/design.md; writes bench/results/
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

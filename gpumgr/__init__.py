@@ -1,0 +1,3 @@
+"""gpumgr: one GPU, many programs, no out-of-memory."""
+
+__version__ = "0.1.0"

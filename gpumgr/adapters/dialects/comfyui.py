@@ -1,0 +1,51 @@
+"""ComfyUI: freed between prompts, asked again each second.
+
+Facts (ComfyUI server.py and main.py 0.3.64 and 0.33.0, read and run 2026-08 to 2026-11):
+``POST /free`` only sets flags for the prompt worker and answers 200 with an empty body before anything is freed;
+the worker reads them between prompts, and a wake-up can be lost, which asking again cures. ``unload_models`` alone
+keeps the memory while cached outputs hold the model: both flags, always. There is no list of loaded models.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from gpumgr.adapters.dialects.http import REPORT_SECONDS, Http
+from gpumgr.config import Call
+from gpumgr.core.placement import Report as LoadedReport
+from gpumgr.runtime.ports import BackendError
+
+FREE = Call(method="POST", path="/api/free", json={"unload_models": True, "free_memory": True})
+CONTEXT_MIB = 768
+"""What torch keeps reserved without a model: below this the consumer counts as not loaded."""
+
+
+class ComfyUI(Http):
+    ask_again_seconds: float | None = 1.0
+    health_default: ClassVar[Call] = Call(path="/system_stats")
+
+    @property
+    def can_unload(self) -> bool:
+        return True
+
+    def unload(self, within_seconds: float) -> None:
+        self._call(self._settings.unload if self._settings.unload.path else FREE, min(within_seconds, 5.0))
+
+    def busy(self) -> bool | None:
+        if self._settings.busy is not None:
+            return super().busy()
+        queue = self._json("/queue", timeout_seconds=REPORT_SECONDS)
+        try:
+            return bool(queue["queue_running"] or queue["queue_pending"])
+        except (KeyError, TypeError):
+            raise BackendError("failed", "GET /queue: its answer has no queue_running and queue_pending") from None
+
+    def loaded(self) -> LoadedReport | None:
+        if self._settings.loaded is not None:
+            return super().loaded()
+        stats = self._json("/system_stats", timeout_seconds=REPORT_SECONDS)
+        try:
+            reserved_mib = int(stats["devices"][0]["torch_vram_total"]) // 2**20
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+        return LoadedReport(loaded=reserved_mib > CONTEXT_MIB, used_mib=reserved_mib)

@@ -1,0 +1,88 @@
+"""What the driver says of the card, as values.
+
+Owns: the shape of a reading. Must not: read anything, or guess what the driver did not say.
+
+Unreadable is not zero: a number the driver withholds is None, a GPU it does not show carries ``error``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """One process with memory on one GPU. ``consumer`` is None for an untracked process."""
+
+    pid: int
+    name: str
+    used_mib: int | None
+    consumer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuReading:
+    """One GPU at one instant. ``error`` is a sentence where its memory cannot be read; the numbers are then 0."""
+
+    index: int
+    uuid: str | None
+    name: str
+    total_mib: int
+    used_mib: int
+    free_mib: int
+    processes: tuple[GpuProcess, ...] = ()
+    processes_readable: bool = True
+    error: str | None = None
+
+    @property
+    def readable(self) -> bool:
+        return self.error is None
+
+    @property
+    def untracked(self) -> tuple[GpuProcess, ...]:
+        return tuple(p for p in self.processes if p.consumer is None)
+
+    def held_mib(self, consumer: str) -> int | None:
+        """MiB that the consumer's processes hold here; None where the driver does not say."""
+        if not self.readable or not self.processes_readable:
+            return None
+        total = 0
+        for process in self.processes:
+            if process.consumer == consumer:
+                if process.used_mib is None:
+                    return None
+                total += process.used_mib
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The driver's answer for all GPUs at one instant (``read_at``: monotonic seconds).
+
+    ``error`` is a sentence where the driver as a whole cannot be read; ``gpus`` is then empty.
+    """
+
+    read_at: float
+    gpus: tuple[GpuReading, ...] = ()
+    error: str | None = None
+
+    def gpu(self, ref: int | str) -> GpuReading | None:
+        """The GPU with this NVML index or UUID, or None where the driver does not show it."""
+        for gpu in self.gpus:
+            if gpu.index == ref or (isinstance(ref, str) and gpu.uuid == ref):
+                return gpu
+        return None
+
+    def problems(self, refs: Iterable[int | str]) -> list[str]:
+        """One sentence for each of these GPUs that cannot be read now."""
+        if self.error is not None:
+            return [self.error]
+        found = []
+        for ref in refs:
+            gpu = self.gpu(ref)
+            if gpu is None:
+                found.append(f"GPU {ref} is not among the {len(self.gpus)} the driver shows")
+            elif gpu.error is not None:
+                found.append(f"GPU {ref}: {gpu.error}")
+        return found

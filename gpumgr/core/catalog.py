@@ -1,0 +1,104 @@
+"""Who may use which GPU, and who may stand beside whom.
+
+Owns: consumers, the routing of kinds, and the two relations everything else is decided by: sharing a GPU and
+coexisting. Must not: parse YAML (config.py) or know how a consumer is spoken to (adapters/dialects).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from gpumgr.core.card import Reading
+from gpumgr.errors import ConsumerUnknown, KindUnknown
+
+GpuRef = int | str
+"""An NVML index, or a UUID that no reading has resolved to an index yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A configured service that uses the GPU. ``vram_resident_mib`` holds one number for each of ``gpus``."""
+
+    name: str
+    url: str
+    public_url: str
+    dialect: str
+    gpus: tuple[GpuRef, ...] = (0,)
+    vram_resident_mib: tuple[int, ...] = (0,)
+    residual_mib: int = 768
+    can_coexist_with: frozenset[str] = frozenset()
+    max_concurrency: int = 1
+    unload_timeout_seconds: float = 30.0
+    load_timeout_seconds: float = 60.0
+
+    def needs_mib(self, gpu: GpuRef) -> int:
+        """Declared MiB on this GPU; 0 where it does not use it."""
+        for ref, mib in zip(self.gpus, self.vram_resident_mib, strict=True):
+            if ref == gpu:
+                return mib
+        return 0
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """All consumers and kinds; immutable. ``routing`` maps a kind to a consumer's name."""
+
+    consumers: Mapping[str, Consumer]
+    routing: Mapping[str, str] = field(default_factory=dict)
+
+    def resolve(self, *, kind: str | None, consumer: str | None) -> Consumer:
+        """The consumer that a request means. Exactly one of the two is given.
+
+        Raises: KindUnknown, ConsumerUnknown, naming what there is.
+        """
+        if kind is not None:
+            if kind not in self.routing:
+                raise KindUnknown(f"no kind {kind!r} in routing; there are: {_names(self.routing)}", kind=kind)
+            return self.consumers[self.routing[kind]]
+        if consumer is None or consumer not in self.consumers:
+            raise ConsumerUnknown(
+                f"no consumer {consumer!r} is configured; there are: {_names(self.consumers)}", consumer=consumer
+            )
+        return self.consumers[consumer]
+
+    def kinds_of(self, consumer: str) -> list[str]:
+        return [kind for kind, name in self.routing.items() if name == consumer]
+
+    def share_gpu(self, a: str, b: str) -> bool:
+        return not set(self.consumers[a].gpus).isdisjoint(self.consumers[b].gpus)
+
+    def may_coexist(self, a: str, b: str) -> bool:
+        """Whether both may have memory on one GPU at a time. A consumer coexists with itself."""
+        return a == b or (b in self.consumers[a].can_coexist_with and a in self.consumers[b].can_coexist_with)
+
+    def exclude(self, a: str, b: str) -> bool:
+        """Two different consumers that may not be on the card together: they share a GPU and do not coexist."""
+        return self.share_gpu(a, b) and not self.may_coexist(a, b)
+
+    @property
+    def gpus(self) -> tuple[GpuRef, ...]:
+        """Every GPU that some consumer uses, each once."""
+        return tuple(dict.fromkeys(ref for c in self.consumers.values() for ref in c.gpus))
+
+    def on_gpu(self, gpu: GpuRef) -> list[Consumer]:
+        return [c for c in self.consumers.values() if gpu in c.gpus]
+
+    @property
+    def unresolved(self) -> list[str]:
+        """UUIDs that no reading has matched to an index yet."""
+        return [ref for ref in self.gpus if isinstance(ref, str)]
+
+    def resolved(self, reading: Reading) -> Catalog:
+        """The same catalog with every UUID the reading knows turned into its index, so that two names of one
+        card are one card. What the reading does not know stays as it is."""
+        indexes = {gpu.uuid: gpu.index for gpu in reading.gpus if gpu.uuid is not None}
+        consumers = {
+            name: replace(c, gpus=tuple(indexes.get(ref, ref) if isinstance(ref, str) else ref for ref in c.gpus))
+            for name, c in self.consumers.items()
+        }
+        return replace(self, consumers=consumers)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

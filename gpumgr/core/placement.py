@@ -1,0 +1,414 @@
+"""Does it fit, who must go, and what to say when it cannot be.
+
+Owns: the one decision of a preparation, re-made after every step from what the card says then.
+Must not: unload, probe, wait or know a clock.
+
+``decide`` numbers its rules; the numbers stand beside the code.
+
+1. A GPU that cannot be read: refuse (``gpu_unreadable``). No reading, no proof, no grant.
+2. A need above ``total - headroom``: refuse at once, unloading nobody.
+3. Consumers that may not coexist with the target and are resident: unload them, all at once.
+4. One of them kept its memory: refuse, whether or not the target would fit beside it.
+5. It fits: grant.
+6. It does not: unload the least recently used idle resident, one at a time.
+7. Nobody idle is left, but it would fit once the consumers in use are done: wait.
+8. Before any refusal the target itself, where idle, is unloaded and the card read once more.
+9. Refuse: ``eviction_failed`` where what the victims kept would cover the shortfall, else ``insufficient_vram``.
+
+Fit, on each of the target's GPUs:
+
+    free - headroom - promised >= max(0, size - held(target))
+
+``promised`` sums, over the *other* holders and preparations on that GPU, ``max(0, size - held)``: memory they were
+granted and have not taken yet. What is on the card is in ``free`` already and is not subtracted again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gpumgr.core.card import GpuReading, Reading
+from gpumgr.core.catalog import Catalog, Consumer, GpuRef
+from gpumgr.errors import EvictionFailed, GpuUnreadable, InsufficientVram, Refused
+
+LEFTOVER_SLACK_MIB = 64
+"""A context may grow a little without a model being loaded."""
+
+KeptReason = Literal["kept", "busy", "hung", "unreachable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A consumer's own word on what it holds; ``used_mib`` is None where it only knows whether."""
+
+    loaded: bool
+    used_mib: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What one consumer holds on one GPU, as far as anyone can tell.
+
+    ``held_mib`` is the best number there is. ``exact`` tells whether the driver said it; else it is the
+    consumer's own report, or its declared size where it only says that it is loaded. ``resident`` is None
+    where nobody knows.
+    """
+
+    held_mib: int
+    exact: bool = True
+    resident: bool | None = False
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """What came of one unload. ``reason`` is None where the memory was given back."""
+
+    consumer: str
+    held_mib: int
+    still_held_mib: int
+    seconds: float = 0.0
+    reason: KeptReason | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything a decision looks at, at one instant.
+
+    ``holdings`` maps (consumer, gpu); a missing pair holds nothing. ``in_use`` names the consumers that are
+    anyone's now: held, prepared, computing. ``leaving`` names those in the middle of somebody else's unload.
+    ``tried`` are this preparation's own unloads so far, ``evicted`` and failed alike.
+    ``last_used`` orders idle residents; who is missing was never used.
+    """
+
+    catalog: Catalog
+    reading: Reading
+    headroom_mib: int
+    holdings: Mapping[tuple[str, GpuRef], Holding]
+    promised_mib: Mapping[GpuRef, int]
+    in_use: frozenset[str] = frozenset()
+    leaving: frozenset[str] = frozenset()
+    target_in_use: bool = False
+    tried: Sequence[Victim] = ()
+    last_used: Mapping[str, float] = field(default_factory=dict)
+
+    def held(self, consumer: str, gpu: GpuRef) -> Holding:
+        return self.holdings.get((consumer, gpu), Holding(0))
+
+    def resident(self, consumer: Consumer) -> bool:
+        """Not known counts as resident: an unload too many is better than a consumer left on the card."""
+        return any(self.held(consumer.name, gpu).resident is not False for gpu in consumer.gpus)
+
+    def failed(self) -> dict[str, Victim]:
+        return {victim.consumer: victim for victim in self.tried if victim.reason is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """It fits, and nobody is there who may not be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Unload these; ``required``: the target may not stand beside them, else they only make room."""
+
+    consumers: tuple[str, ...]
+    required: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Not now: look again when somebody ends, or the card changes."""
+
+    reason: Literal["vram", "preparing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    error: Refused
+
+
+Decision = Grant | Unload | Wait | Refuse
+
+
+def decide(target: Consumer, view: View) -> Decision:
+    """The next step of preparing ``target``. See the module's rules."""
+    problems = view.reading.problems(target.gpus)
+    if problems:  # 1
+        return Refuse(unreadable(target, problems))
+    if impossible(target, view):  # 2
+        return Refuse(insufficient(target, view))
+    excluded = _excluded_residents(target, view)
+    if any(name in view.leaving for name in excluded):
+        return Wait("preparing")  # somebody else is unloading it right now: look at what comes of that
+    failed = view.failed()
+    to_go = tuple(name for name in excluded if name not in failed)
+    if any(name in failed for name in excluded):  # 4
+        return _before_refusing(target, view) or Refuse(kept_or_insufficient(target, view))
+    if to_go:  # 3
+        return Unload(to_go, required=True)
+    if shortfall_mib(target, view) <= 0:  # 5
+        return Grant()
+    return _make_room(target, view)
+
+
+def _make_room(target: Consumer, view: View) -> Decision:
+    failed = view.failed()
+    idle = _idle_residents(target, view)
+    if any(name in view.leaving for name in idle):
+        return Wait("preparing")
+    for name in idle:  # 6
+        if name not in failed:
+            return Unload((name,), required=False)
+    if would_fit_later(target, view):  # 7
+        return Wait("vram")
+    return _before_refusing(target, view) or Refuse(kept_or_insufficient(target, view))
+
+
+def _before_refusing(target: Consumer, view: View) -> Unload | None:
+    """8: the target's own memory may be bloated or in pieces; once is enough."""
+    if view.target_in_use or shortfall_mib(target, view) <= 0:
+        return None
+    if any(victim.consumer == target.name for victim in view.tried) or not view.resident(target):
+        return None
+    return Unload((target.name,), required=False)
+
+
+def _others(target: Consumer, view: View) -> list[Consumer]:
+    return [
+        c for c in view.catalog.consumers.values() if c.name != target.name and not set(c.gpus).isdisjoint(target.gpus)
+    ]
+
+
+def _excluded_residents(target: Consumer, view: View) -> list[str]:
+    return [
+        other.name
+        for other in _others(target, view)
+        if view.resident(other) and not view.catalog.may_coexist(target.name, other.name)
+    ]
+
+
+def _idle_residents(target: Consumer, view: View) -> list[str]:
+    """Idle residents on a GPU that is short, least recently used first."""
+    short = [gpu for gpu in target.gpus if _shortfall_on(target, view, gpu) > 0]
+    idle = [
+        other
+        for other in _others(target, view)
+        if other.name not in view.in_use and view.resident(other) and any(gpu in other.gpus for gpu in short)
+    ]
+    return [c.name for c in sorted(idle, key=lambda c: (view.last_used.get(c.name, float("-inf")), c.name))]
+
+
+# -- what is held ----
+
+
+def assess(
+    consumer: Consumer,
+    gpu: GpuRef,
+    *,
+    driver_mib: int | None,
+    attributable: bool,
+    report: Report | None,
+    used_since_unload: bool | None,
+    leftover_mib: int,
+) -> Holding:
+    """What a consumer holds on one GPU, from everything that is known. The first rule that applies:
+
+    1. Its own report, where the driver tells nothing, or shows strangers among whom it may be (in a container, or
+       another user's) and nothing of its own.
+    2. The driver's number. Resident is what is above ``leftover_mib``, which stayed after its last proved unload:
+       a CUDA context never leaves.
+    3. What the broker remembers (``used_since_unload``): its whole size after a grant, 0 after an unload, and
+       where it remembers nothing: 0, resident unknown.
+    """
+    size = consumer.needs_mib(gpu)
+    if report is not None and (driver_mib is None or (driver_mib == 0 and not attributable)):  # 1
+        said = size if report.used_mib is None else report.used_mib // len(consumer.gpus)
+        return Holding(said if report.loaded else 0, exact=False, resident=report.loaded)
+    if driver_mib is not None:  # 2
+        floor = leftover_mib + LEFTOVER_SLACK_MIB if leftover_mib else 0
+        return Holding(driver_mib, exact=True, resident=driver_mib > floor)
+    return Holding(size if used_since_unload else 0, exact=False, resident=used_since_unload)  # 3
+
+
+# -- numbers ------------------------------------------------------------------------------------------------
+
+
+def promised_mib(consumer: Consumer, gpu: GpuRef, held: Holding) -> int:
+    """Memory on this GPU that a holder may still take."""
+    return max(0, consumer.needs_mib(gpu) - held.held_mib)
+
+
+def need_mib(target: Consumer, view: View, gpu: GpuRef) -> int:
+    """What the target would still take on this GPU."""
+    return max(0, target.needs_mib(gpu) - view.held(target.name, gpu).held_mib)
+
+
+def _gpu(view: View, gpu: GpuRef) -> GpuReading:
+    reading = view.reading.gpu(gpu)
+    if reading is None:
+        raise LookupError(f"GPU {gpu} is not in the reading")
+    return reading
+
+
+def _shortfall_on(target: Consumer, view: View, gpu: GpuRef) -> int:
+    usable = _gpu(view, gpu).free_mib - view.headroom_mib - view.promised_mib.get(gpu, 0)
+    return need_mib(target, view, gpu) - usable
+
+
+def shortfall_mib(target: Consumer, view: View) -> int:
+    """MiB missing on the GPU that is shortest; 0 or less: it fits."""
+    return max(_shortfall_on(target, view, gpu) for gpu in target.gpus)
+
+
+def impossible(target: Consumer, view: View) -> bool:
+    """Larger than the card can ever lend."""
+    return any(target.needs_mib(gpu) > _gpu(view, gpu).total_mib - view.headroom_mib for gpu in target.gpus)
+
+
+def would_fit_later(target: Consumer, view: View) -> bool:
+    """Whether it fits once everyone in use has ended and been unloaded, on every GPU that is short now."""
+    return all(
+        _shortfall_on(target, view, gpu) <= _freed_by_holders(target, view, gpu)
+        for gpu in target.gpus
+        if _shortfall_on(target, view, gpu) > 0
+    )
+
+
+def _freed_by_holders(target: Consumer, view: View, gpu: GpuRef) -> int:
+    users = [c for c in view.catalog.on_gpu(gpu) if c.name in view.in_use and c.name != target.name]
+    return sum(view.held(c.name, gpu).held_mib for c in users) + view.promised_mib.get(gpu, 0)
+
+
+# -- refusals -----------------------------------------------------------------------------------------------
+
+
+def unreadable(target: Consumer, problems: Sequence[str]) -> GpuUnreadable:
+    return GpuUnreadable(
+        f"{target.name} cannot be granted: {'; '.join(problems)}. Without a reading nothing can be proved free; "
+        "look at nvidia-smi on the server, leases are granted again as soon as the driver answers",
+        consumer=target.name,
+        problems=list(problems),
+    )
+
+
+def kept_or_insufficient(target: Consumer, view: View) -> Refused:
+    """9: which of the two refusals is true."""
+    kept = [victim for victim in view.failed().values() if victim.consumer != target.name]
+    if kept and _still_held_mib(target, view, kept) >= _shortfall_without_others(target, view):
+        return eviction_failed(target, view, kept)
+    return insufficient(target, view)
+
+
+def _still_held_mib(target: Consumer, view: View, kept: Sequence[Victim]) -> int:
+    worst = _worst_gpu(target, view)
+    return sum(max(view.held(v.consumer, worst).held_mib, 0) for v in kept)
+
+
+def _shortfall_without_others(target: Consumer, view: View) -> int:
+    """What is missing even if everyone in use, and the idle residents that nobody asked yet, were gone."""
+    worst = _worst_gpu(target, view)
+    tried = {victim.consumer for victim in view.tried}
+    idle = [name for name in _idle_residents(target, view) if name not in tried]
+    gone = sum(view.held(name, worst).held_mib for name in idle) + _freed_by_holders(target, view, worst)
+    return _shortfall_on(target, view, worst) - gone
+
+
+def _worst_gpu(target: Consumer, view: View) -> GpuRef:
+    return max(target.gpus, key=lambda gpu: _shortfall_on(target, view, gpu))
+
+
+def eviction_failed(target: Consumer, view: View, kept: Sequence[Victim]) -> EvictionFailed:
+    said = "; ".join(f"{v.consumer} {_kept_words(v)}" for v in kept)
+    return EvictionFailed(
+        f"{target.name} cannot be granted: {said}. Look at that service; the next request tries again",
+        consumer=target.name,
+        victims=[
+            {
+                "consumer": v.consumer,
+                "held_mib": v.held_mib,
+                "still_held_mib": v.still_held_mib,
+                "reason": v.reason,
+            }
+            for v in kept
+        ],
+        evicted=_evicted(view),
+    )
+
+
+def _kept_words(victim: Victim) -> str:
+    words = {
+        "kept": "answered its unload and kept",
+        "busy": "is still computing and holds",
+        "hung": "did not answer its unload and holds",
+        "unreachable": "could not be reached for its unload and holds",
+    }
+    return f"{words[victim.reason or 'kept']} {victim.still_held_mib} of {victim.held_mib} MiB"
+
+
+def _evicted(view: View) -> list[str]:
+    return [victim.consumer for victim in view.tried if victim.reason is None]
+
+
+def insufficient(target: Consumer, view: View) -> InsufficientVram:
+    """The refusal with its numbers, of the GPU that is shortest."""
+    worst = _worst_gpu(target, view)
+    gpu = _gpu(view, worst)
+    needed = target.needs_mib(worst)
+    strangers = sorted(gpu.untracked, key=lambda p: -(p.used_mib or 0))
+    message = (
+        f"{target.name} needs {needed} MiB on GPU {worst} ({gpu.name}); {gpu.free_mib} of {gpu.total_mib} MiB are "
+        f"free, {view.headroom_mib} MiB are headroom"
+    )
+    promised = view.promised_mib.get(worst, 0)
+    if promised:
+        message += f", {promised} MiB are promised to holders"
+    if impossible(target, view):
+        message += f". It can never fit on this card: lower vram_resident_mib of {target.name} or gpu.headroom_mib"
+    elif strangers:
+        named = ", ".join(f"{p.name} (pid {p.pid}) {_mib(p.used_mib)}" for p in strangers)
+        message += f". Not gpumgr's to unload: {named}. It fits once enough of that has gone"
+    else:
+        message += ". Nothing that gpumgr may unload is left on the card"
+    return InsufficientVram(
+        message,
+        consumer=target.name,
+        gpu=worst,
+        needed_mib=needed,
+        free_mib=gpu.free_mib,
+        total_mib=gpu.total_mib,
+        headroom_mib=view.headroom_mib,
+        promised_mib=promised,
+        held_mib=view.held(target.name, worst).held_mib,
+        untracked=[{"pid": p.pid, "name": p.name, "used_mib": p.used_mib} for p in strangers],
+        evicted=_evicted(view),
+    )
+
+
+def _mib(used_mib: int | None) -> str:
+    return "an unknown amount" if used_mib is None else f"{used_mib} MiB"
+
+
+# -- proof --------------------------------------------------------------------------------------------------
+
+
+def given_back(
+    victim: Consumer,
+    before: Mapping[GpuRef, Holding],
+    now: Mapping[GpuRef, int | None],
+    risen_mib: Mapping[GpuRef, int],
+) -> bool:
+    """Whether an unload is proved, on every GPU of the victim.
+
+    Where the driver names its processes (``now`` has a number): they hold at most ``residual_mib``. Where not:
+    free memory rose by at least 90 % of what the victim was known to hold.
+    """
+    for gpu in victim.gpus:
+        held = now.get(gpu)
+        if held is not None and before[gpu].exact:
+            if held > victim.residual_mib:
+                return False
+        elif risen_mib.get(gpu, 0) < 0.9 * before[gpu].held_mib:
+            return False
+    return True

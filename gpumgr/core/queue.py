@@ -1,0 +1,222 @@
+"""Who waits, who holds, and who has the turn.
+
+Owns: tickets, holds, the consumers that are being unloaded, and the order, which is one pure policy object.
+Must not: know time's passing, memory, HTTP or threads.
+
+Rules of the turn (the numbers stand beside the code):
+
+1. Two requests conflict when their consumers share a GPU and do not coexist.
+2. Requests for one consumer conflict beyond its ``max_concurrency``.
+3. A request has its turn when it conflicts with no holder and with nobody ahead of it: nobody overtakes
+   someone they would hold up.
+4. Its consumer must be in service: not in the middle of an unload.
+5. One preparation per GPU: a request whose GPU is being prepared for another one keeps its place until then.
+   What waits for a GPU's preparation also holds back whoever comes later for that GPU, so that preparations
+   on a card keep the order of arrival.
+
+A request that has its turn becomes a holder at once (``preparing``), so everything decided afterwards counts it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from gpumgr.core.catalog import Catalog, Consumer, GpuRef
+
+
+class Phase(StrEnum):
+    """Where a hold is in its life. Every phase excludes others: also the ones on the way in and out."""
+
+    PREPARING = "preparing"
+    GRANTING = "granting"
+    LIVE = "live"
+    ENDING = "ending"
+
+
+class WaitingFor(StrEnum):
+    """What a queued request waits for, as status shows it."""
+
+    HOLDER = "holder"
+    AHEAD = "ahead"
+    VRAM = "vram"
+    PREPARING = "preparing"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One request in the order. ``seq`` is its number of arrival; no two are the same."""
+
+    seq: int
+    consumer: str
+
+
+@dataclass(slots=True)
+class Hold:
+    """A holder: a preparation, or a grant of a consumer's GPUs."""
+
+    seq: int
+    consumer: str
+    gpus: tuple[GpuRef, ...]
+    phase: Phase = Phase.PREPARING
+
+
+class Policy(Protocol):
+    """The order. Pure: which waiting requests have their turn now, first come first."""
+
+    def turns(self, line: Mapping[str, Mapping[int, Entry]], holds: Iterable[Hold], catalog: Catalog) -> list[Entry]:
+        """``line`` maps each consumer to its waiting entries (seq → entry) in order of arrival.
+        Rules 1 to 3."""
+
+
+class Fifo:
+    """First come, first served, except that nobody waits for someone they do not conflict with.
+
+    Within one consumer only the first ``max_concurrency`` entries can have the turn, so the cost does not
+    grow with the queue's length.
+    """
+
+    def turns(self, line: Mapping[str, Mapping[int, Entry]], holds: Iterable[Hold], catalog: Catalog) -> list[Entry]:
+        ahead = Counter(hold.consumer for hold in holds)
+        found = []
+        for entry in _heads(line, catalog):
+            if not blocked(entry.consumer, ahead, catalog):
+                found.append(entry)
+            ahead[entry.consumer] += 1  # 3: whoever comes later yields to it, whether it goes or waits
+        return found
+
+
+def _heads(line: Mapping[str, Mapping[int, Entry]], catalog: Catalog) -> list[Entry]:
+    heads: list[Entry] = []
+    for consumer, entries in line.items():
+        for entry, _ in zip(entries.values(), range(catalog.consumers[consumer].max_concurrency), strict=False):
+            heads.append(entry)
+    return sorted(heads, key=lambda entry: entry.seq)
+
+
+def blocked(consumer: str, ahead: Mapping[str, int], catalog: Catalog) -> bool:
+    """Whether one more request for this consumer conflicts with ``ahead`` (consumer → how many)."""
+    if ahead.get(consumer, 0) >= catalog.consumers[consumer].max_concurrency:  # 2
+        return True
+    return any(count and catalog.exclude(consumer, other) for other, count in ahead.items())  # 1
+
+
+class Queue:
+    """The book of who waits and who holds. Mutable, but pure: no clock, no lock, no I/O."""
+
+    def __init__(self, catalog: Catalog, policy: Policy) -> None:
+        self.catalog = catalog
+        self._policy = policy
+        self._line: dict[str, OrderedDict[int, Entry]] = {}
+        self._holds: dict[int, Hold] = {}
+        self._unloading: dict[str, int] = {}
+        self._seq = 0
+
+    # -- coming and going ---------------------------------------------------------------------------------
+
+    def enter(self, consumer: str) -> Entry:
+        self._seq += 1
+        entry = Entry(self._seq, consumer)
+        self._line.setdefault(consumer, OrderedDict())[entry.seq] = entry
+        return entry
+
+    def leave(self, seq: int) -> None:
+        """Forget a request or a hold, wherever it is. Nothing happens where it is gone already."""
+        self._holds.pop(seq, None)
+        for consumer, entries in self._line.items():
+            if entries.pop(seq, None) is not None:
+                if not entries:
+                    del self._line[consumer]
+                return
+
+    def begin(self) -> list[Hold]:
+        """Move every request that has its turn from the line to the holders, as ``preparing``."""
+        begun = []
+        slots = self._slots()
+        for entry in self._policy.turns(self._line, self._holds.values(), self.catalog):
+            gpus = set(self.catalog.consumers[entry.consumer].gpus)
+            free = slots.isdisjoint(gpus)
+            slots |= gpus  # 5: also where it must wait, so that nobody behind it goes first
+            if free and entry.consumer not in self._unloading:  # 4
+                begun.append(self._hold(entry))
+        return begun
+
+    def _hold(self, entry: Entry) -> Hold:
+        self.leave(entry.seq)
+        hold = Hold(entry.seq, entry.consumer, self.catalog.consumers[entry.consumer].gpus)
+        self._holds[entry.seq] = hold
+        return hold
+
+    def _slots(self) -> set[GpuRef]:
+        return {gpu for hold in self._holds.values() if hold.phase is Phase.PREPARING for gpu in hold.gpus}
+
+    # -- out of service -----------------------------------------------------------------------------------
+
+    def take_out(self, consumer: str) -> None:
+        """Its unload begins: requests for it wait from now on."""
+        self._unloading[consumer] = self._unloading.get(consumer, 0) + 1
+
+    def put_back(self, consumer: str) -> None:
+        """Its unload is over, whatever came of it."""
+        self._unloading[consumer] -= 1
+        if not self._unloading[consumer]:
+            del self._unloading[consumer]
+
+    def is_unloading(self, consumer: str) -> bool:
+        return consumer in self._unloading
+
+    # -- questions ----------------------------------------------------------------------------------------
+
+    @property
+    def holds(self) -> Mapping[int, Hold]:
+        return self._holds
+
+    def holds_of(self, consumer: str) -> list[Hold]:
+        return [hold for hold in self._holds.values() if hold.consumer == consumer]
+
+    def waiting(self) -> list[Entry]:
+        """Everyone in the line, in order of arrival."""
+        entries = (entry for queued in self._line.values() for entry in queued.values())
+        return sorted(entries, key=lambda entry: entry.seq)
+
+    def held_up_by(self, hold: Hold) -> int:
+        """How many waiting requests this hold alone would be enough to keep waiting."""
+        return sum(len(queued) for name, queued in self._line.items() if self._holds_up(hold, name))
+
+    def _holds_up(self, hold: Hold, consumer: str) -> bool:
+        if consumer == hold.consumer:
+            return len(self.holds_of(consumer)) >= self.catalog.consumers[consumer].max_concurrency
+        return self.catalog.exclude(consumer, hold.consumer)
+
+    def why(self, entry: Entry) -> WaitingFor:
+        """What this entry of the line waits for: the first that applies of holder, ahead, preparing."""
+        holders = Counter(hold.consumer for hold in self._holds.values())
+        if blocked(entry.consumer, holders, self.catalog):
+            return WaitingFor.HOLDER
+        ahead = Counter(other.consumer for other in self._ahead_of(entry))
+        ahead.update(holders)
+        return WaitingFor.AHEAD if blocked(entry.consumer, ahead, self.catalog) else WaitingFor.PREPARING
+
+    def _ahead_of(self, entry: Entry) -> Iterator[Entry]:
+        for queued in self._line.values():
+            for other in queued.values():
+                if other.seq >= entry.seq:
+                    break
+                yield other
+
+    def ahead(self, entry: Entry) -> int:
+        """How many waiting requests came before this one, whether or not they hold it up."""
+        return sum(1 for _ in self._ahead_of(entry))
+
+    def blockers(self, consumer: Consumer) -> list[Hold]:
+        """The holders that a request for this consumer conflicts with, oldest first."""
+        full = len(self.holds_of(consumer.name)) >= consumer.max_concurrency
+        return [
+            hold
+            for hold in self._holds.values()
+            if (hold.consumer == consumer.name and full) or self.catalog.exclude(consumer.name, hold.consumer)
+        ]

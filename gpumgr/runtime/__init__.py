@@ -1,0 +1,1 @@
+"""The rules at work: the one lock, and the few threads beside it."""

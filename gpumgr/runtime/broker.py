@@ -1,0 +1,399 @@
+"""The broker: acquire, renew, release, and the threads that keep its promises.
+
+Owns: waiting for an answer, and starting and stopping the threads. Must not: know HTTP, or hold the lock across
+I/O. All state is in state.py, all rules in core.
+
+Threads: ``watchdog`` (ends leases), one ``prepare-N`` per GPU, ``observe-card`` and ``observe-health`` (so that
+neither a hung driver nor a hung server can delay the watchdog), and ``unload-NAME`` for as long as one call lasts.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+from gpumgr import __version__
+from gpumgr.config import Settings
+from gpumgr.core.catalog import Consumer
+from gpumgr.core.lease import EndReason, Lease, require_same
+from gpumgr.core.placement import View, impossible, insufficient
+from gpumgr.core.queue import Fifo, Hold, Phase
+from gpumgr.errors import (
+    GpumgrError,
+    LeaseUnknown,
+    PrepareTimeout,
+    SchedulerTimeout,
+    ShuttingDown,
+)
+from gpumgr.runtime.evictor import Evictor
+from gpumgr.runtime.ports import BackendError, Clock, Dialect, Journal, Probe
+from gpumgr.runtime.preparation import Preparation, World
+from gpumgr.runtime.state import State
+from gpumgr.runtime.ticket import Ask, Ticket
+from gpumgr.runtime.watchdog import Rounds
+
+log = logging.getLogger(__name__)
+
+CARD_EACH_SECONDS = 2.0
+HEALTH_EACH_SECONDS = 30.0
+HEALTH_IN_USE_EACH_SECONDS = 5.0
+LONGEST_SLEEP_SECONDS = 1.0
+
+
+class Broker:
+    """Nothing starts in the constructor; ``start`` begins the threads, ``stop`` ends every wait."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        probe: Probe,
+        dialects: Mapping[str, Dialect],
+        clock: Clock,
+        journal: Journal,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.journal = journal
+        self.state = State(settings.catalog, Fifo(), settings.lease, settings.gpu.headroom_mib, clock)
+        self.started_at: datetime | None = None
+        self._probe = probe
+        self._dialects = dialects
+        evictor = Evictor(probe, dialects, clock, pause)
+        self._world = World(probe, dialects, evictor, journal, clock, self._refused)
+        self._workers: list[threading.Thread] = []
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._card = Rounds("observe-card", self.observe_card)
+        self._health = Rounds("observe-health", self._observe_health)
+        self._card_read = threading.Condition(self.state.lock)
+
+    # -- start and stop -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Read the card once, then start the threads. The first reading resolves UUIDs and warns of consumers
+        that can never fit."""
+        self.started_at = self.clock.utc()
+        self.observe_card()
+        self._warn_of_misfits()
+        for number, _ in enumerate(self.state.catalog.gpus):
+            worker = threading.Thread(target=self._prepare_for_ever, name=f"prepare-{number}", daemon=True)
+            self._workers.append(worker)
+            worker.start()
+        self._watchdog.start()
+        self._card.start()
+        self._health.start()
+        self.state.note("start", None, version=__version__)
+        log.info("start version=%s bind=%s", __version__, self.settings.server.bind)
+
+    def stop(self) -> None:
+        """Answer everyone who waits ``shutting_down``, end the threads. Live leases are not touched."""
+        with self.state.lock:
+            if self.state.stopping:
+                return
+            self.state.stopping = True
+            for ticket in list(self.state.tickets.values()):
+                if not ticket.granting:
+                    self.state.settle(ticket, _shutting_down())
+            self.state.work.notify_all()
+            self.state.expiry.notify_all()
+            self._card_read.notify_all()
+        self._card.stop()
+        self._health.stop()
+        self.state.note("stop", None)
+        log.info("stop")
+
+    def close(self, timeout_seconds: float = 5.0) -> None:
+        """Stop, wait for the threads as long as given, and put the probe down."""
+        self.stop()
+        for thread in [*self._workers, self._watchdog]:
+            if thread.is_alive():
+                thread.join(timeout_seconds)
+        for rounds in (self._card, self._health):
+            rounds.join(timeout_seconds)
+        self._probe.close()
+
+    def missing(self) -> list[str]:
+        """What keeps the broker from granting now; empty: it is ready."""
+        with self.state.lock:
+            if self.state.stopping:
+                return ["the broker is shutting down"]
+            if self.started_at is None:
+                return ["the broker has not started yet"]
+            return self.state.reading.problems(self.state.catalog.gpus)
+
+    def _warn_of_misfits(self) -> None:
+        with self.state.lock:
+            for consumer in self.state.catalog.consumers.values():
+                view = self._bare_view()
+                if not view.reading.problems(consumer.gpus) and impossible(consumer, view):
+                    log.warning("%s", insufficient(consumer, view).message)
+
+    def _bare_view(self) -> View:
+        """The card without anyone on it, as far as `impossible` looks."""
+        return View(self.state.catalog, self.state.reading, self.settings.gpu.headroom_mib, {}, {})
+
+    # -- acquire --------------------------------------------------------------------------------------------
+
+    def acquire(self, ask: Ask) -> Lease:
+        """Blocks until granted or refused: at most ``wait_seconds`` + ``lease.max_prepare_seconds``.
+
+        Raises: KindUnknown, ConsumerUnknown, RequestMismatch, RequestEnded, and every kind of Refused.
+        """
+        limits = self.settings.lease
+        wait = limits.default_wait_seconds if ask.wait_seconds is None else ask.wait_seconds
+        self.tick()
+        with self.state.lock:
+            now = self.clock.monotonic()
+            consumer = self.state.catalog.resolve(kind=ask.kind, consumer=ask.consumer)
+            if ask.request is not None:
+                live = self.state.leases.of_request(ask.request, consumer.name, now)
+                if live is not None:
+                    return live
+            deadline = now + min(wait, limits.max_wait_seconds)
+            return self._await(self._ticket(ask, consumer, now, deadline), deadline)
+
+    def _ticket(self, ask: Ask, consumer: Consumer, now: float, deadline: float) -> Ticket:
+        """The waiting request this one joins, or a new one at the end of the line."""
+        if self.state.stopping:
+            raise _shutting_down()
+        ticket = self.state.by_request.get(ask.request) if ask.request is not None else None
+        if ticket is not None and ask.request is not None:
+            require_same(ask.request, ticket.consumer.name, consumer.name)
+            ticket.deadline = max(ticket.deadline, deadline)
+            return ticket
+        view = self._bare_view()
+        if not view.reading.problems(consumer.gpus) and impossible(consumer, view):
+            refusal = insufficient(consumer, view)
+            self.state.note("refuse", consumer.name, holder=ask.holder, code=refusal.code, waited_seconds=0.0)
+            raise refusal
+        ticket = self.state.enter(ask, consumer, now, deadline)
+        self.state.advance()
+        return ticket
+
+    def _await(self, ticket: Ticket, deadline: float) -> Lease:
+        """With the lock held, as in every condition's wait."""
+        ticket.callers += 1
+        try:
+            while ticket.outcome is None:
+                limit = ticket.limit(deadline)
+                left = None if limit is None else limit - self.clock.monotonic()
+                if left is not None and left <= 0:
+                    raise self._give_up(ticket)
+                ticket.woken.wait(left)
+        finally:
+            ticket.callers -= 1
+        if isinstance(ticket.outcome, GpumgrError):
+            raise ticket.outcome
+        return ticket.outcome
+
+    def _give_up(self, ticket: Ticket) -> GpumgrError:
+        """This caller's time is over. The request goes with its last caller."""
+        error = self._prepare_timeout(ticket) if ticket.preparing else self._scheduler_timeout(ticket)
+        if ticket.callers == 1:
+            self.state.settle(ticket, error)
+            self.state.advance()
+            self._note_refusal(ticket, error)
+        return error
+
+    def _note_refusal(self, ticket: Ticket, error: GpumgrError) -> None:
+        facts = {"holder": ticket.holder, "code": error.code, "waited_seconds": self._waited(ticket)}
+        self.state.note("refuse", ticket.consumer.name, **facts)
+        log.info("refuse consumer=%s holder=%s code=%s: %s", ticket.consumer.name, ticket.holder, error.code, error)
+
+    def _waited(self, ticket: Ticket) -> float:
+        return round(self.clock.monotonic() - ticket.entered_at, 3)
+
+    def _prepare_timeout(self, ticket: Ticket) -> PrepareTimeout:
+        return PrepareTimeout(
+            f"preparing the GPU for {ticket.consumer.name} took longer than "
+            f"{self.settings.lease.max_prepare_seconds:g} s; it was {ticket.step}",
+            consumer=ticket.consumer.name,
+            step=ticket.step,
+            waited_seconds=self._waited(ticket),
+        )
+
+    def _scheduler_timeout(self, ticket: Ticket) -> SchedulerTimeout:
+        reason = ticket.waiting_for or self.state.queue.why(ticket.entry)
+        if ticket.waiting_for is None:
+            holds = self.state.queue.blockers(ticket.consumer)
+        else:
+            shared = set(ticket.consumer.gpus)
+            holds = [h for h in self.state.queue.holds.values() if h.seq != ticket.seq and shared & set(h.gpus)]
+        holders = [self._holder_facts(hold) for hold in holds]
+        ahead = self.state.queue.ahead(ticket.entry)
+        said = "; ".join(_holder_words(facts) for facts in holders) or f"{ahead} requests are ahead of it"
+        return SchedulerTimeout(
+            f"no turn for {ticket.consumer.name} within {self._waited(ticket):g} s (waiting for {reason}): {said}. "
+            "Ask again, or with a longer wait_seconds",
+            consumer=ticket.consumer.name,
+            waiting_for=reason,
+            waited_seconds=self._waited(ticket),
+            ahead=ahead,
+            holders=holders,
+        )
+
+    def _holder_facts(self, hold: Hold) -> dict[str, Any]:
+        facts: dict[str, Any] = {"consumer": hold.consumer, "phase": hold.phase.value}
+        lease = next((lease for lease in self.state.leases if lease.seq == hold.seq), None)
+        if lease is not None:
+            facts |= {
+                "lease_id": lease.lease_id,
+                "holder": lease.holder,
+                "held_seconds": round(self.clock.monotonic() - lease.granted_at, 3),
+                "expires_at": self.state.shown(lease.expires_at),
+            }
+        return facts
+
+    # -- a lease's life -------------------------------------------------------------------------------------
+
+    def lease(self, token: str) -> Lease:
+        """Raises: LeaseUnknown."""
+        with self.state.lock:
+            return self.state.leases.get(token, self.clock.monotonic())
+
+    def renew(self, token: str, ttl_seconds: float | None) -> tuple[Lease, int, bool | None]:
+        """The lease with a full TTL from now on, how many requests it holds up, and its consumer's health.
+
+        Raises: LeaseUnknown.
+        """
+        ttl = None if ttl_seconds is None else self.settings.lease.clamp_ttl(ttl_seconds)
+        with self.state.lock:
+            lease = self.state.leases.renew(token, self.clock.monotonic(), ttl)
+            if ttl is not None:
+                self.state.expiry.notify()  # it may end sooner than the watchdog sleeps
+            return lease, self.state.held_up_by(lease), self.state.memory[lease.consumer].healthy
+
+    def release(self, token: str) -> bool:
+        """Whether this call ended a live lease. The next one in line goes at once."""
+        with self.state.lock:
+            try:
+                lease = self.state.leases.get(token, self.clock.monotonic())
+            except LeaseUnknown:
+                return False
+            self._begin_end(lease, EndReason.RELEASED)
+        self._finish_end(lease, "release")
+        return True
+
+    def tick(self) -> int:
+        """End every lease whose time is over; how many there were. Called by the watchdog, and by whoever asks
+        for a turn, so that a late watchdog delays nobody."""
+        with self.state.lock:
+            over = self.state.leases.expired(self.clock.monotonic())
+            for lease in over:
+                self._begin_end(lease, EndReason.EXPIRED)
+        for lease in over:
+            self._finish_end(lease, "expire")
+        return len(over)
+
+    def _begin_end(self, lease: Lease, reason: EndReason) -> None:
+        """With the lock held: over for its holder, still excluding others until it is written down."""
+        self.state.leases.end(lease, reason, self.clock.monotonic())
+        self.state.queue.holds[lease.seq].phase = Phase.ENDING
+
+    def _finish_end(self, lease: Lease, event: str) -> None:
+        held = round(self.clock.monotonic() - lease.granted_at, 3)
+        facts = {"lease_id": lease.lease_id, "holder": lease.holder, "fence": lease.fence, "held_seconds": held}
+        try:
+            self.journal.ended(lease, self.state.note(event, lease.consumer, **facts))
+        finally:
+            with self.state.lock:
+                self.state.queue.leave(lease.seq)
+                self.state.note_used(lease.consumer)
+                self.state.advance()
+        log.info("%s consumer=%s %s", event, lease.consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
+
+    def _refused(self, ticket: Ticket, error: GpumgrError) -> None:
+        with self.state.lock:
+            if ticket.outcome is None:
+                self._note_refusal(ticket, error)
+                self.state.settle(ticket, error)
+
+    # -- threads --------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                self.tick()
+            except Exception:
+                log.exception("watchdog failed; it goes on")
+            with self.state.lock:
+                if self.state.stopping:
+                    return
+                soonest = self.state.leases.next_expiry()
+                left = LONGEST_SLEEP_SECONDS if soonest is None else soonest - self.clock.monotonic()
+                self.state.expiry.wait(min(max(left, 0.0), LONGEST_SLEEP_SECONDS))
+
+    def _prepare_for_ever(self) -> None:
+        while True:
+            with self.state.lock:
+                while not self.state.begun:
+                    if self.state.stopping:
+                        return
+                    self.state.work.wait()
+                ticket = self.state.begun.popleft()
+            Preparation(self.state, self._world, ticket).run()
+
+    def observe_card(self) -> float:
+        """Read the card for status; the seconds until the next look."""
+        reading = self._probe.read()
+        with self.state.lock:
+            before = self.state.reading.problems(self.state.catalog.gpus)
+            self.state.note_reading(reading)
+            now = reading.problems(self.state.catalog.gpus)
+            self._card_read.notify_all()
+        if now and now != before:
+            self.state.note("gpu_unreadable", None, problems=now)
+            log.warning("gpu_unreadable %s", "; ".join(now))
+        return CARD_EACH_SECONDS
+
+    def fresh_card(self, at_most_seconds: float) -> None:
+        """Have the card read now; return when it was, or after ``at_most_seconds`` where the driver hangs."""
+        asked = self.clock.monotonic()
+        until = asked + at_most_seconds
+        self._card.nudge()
+        with self.state.lock:
+            while self.state.reading.read_at < asked and not self.state.stopping:
+                left = until - self.clock.monotonic()
+                if left <= 0:
+                    return
+                self._card_read.wait(left)
+
+    def _observe_health(self) -> float:
+        """Ask everyone whose health is old; leased ones sooner, as renew tells it to the holder."""
+        for name, dialect in self._dialects.items():
+            with self.state.lock:
+                if self.state.stopping:
+                    return HEALTH_EACH_SECONDS
+                due = self._health_due(name)
+            if due:
+                error = None
+                try:
+                    dialect.health()
+                except BackendError as failure:
+                    error = str(failure)
+                with self.state.lock:
+                    self.state.note_health(name, error)
+        return HEALTH_IN_USE_EACH_SECONDS / 2
+
+    def _health_due(self, name: str) -> bool:
+        checked = self.state.memory[name].checked
+        each = HEALTH_IN_USE_EACH_SECONDS if self.state.queue.holds_of(name) else HEALTH_EACH_SECONDS
+        return checked is None or self.clock.monotonic() - checked >= each
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("the broker is shutting down; ask again in a moment")
+
+
+def _holder_words(facts: Mapping[str, Any]) -> str:
+    if "lease_id" not in facts:
+        return f"{facts['consumer']} is {facts['phase']}"
+    who = facts["holder"] or "an unnamed holder"
+    return (
+        f"{who} holds {facts['consumer']} since {facts['held_seconds']:g} s "
+        f"(lease {facts['lease_id']}, until {facts['expires_at']} unless renewed)"
+    )

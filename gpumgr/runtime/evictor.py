@@ -1,0 +1,182 @@
+"""Unload, and watch the card until the memory is back.
+
+Owns: the unload calls and the proof. Must not: choose victims or hold the broker's lock.
+
+    0 ms      every victim's unload call goes out, each on a short thread of its own: one server that hangs
+              must not hide what another gives back
+    +25 ms …  the card is read: each 25 ms for 2 s, then each 100 ms
+    +1 s …    a dialect that loses calls, or a call that failed, is asked again each second
+    limit     whoever has not given back is a failed victim, with the reason
+
+A 200 proves nothing: only the card does.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gpumgr.core.card import Reading
+from gpumgr.core.catalog import Consumer, GpuRef
+from gpumgr.core.placement import Holding, KeptReason, Victim, given_back
+from gpumgr.runtime.ports import BackendError, BackendReason, Clock, Dialect, Probe
+
+log = logging.getLogger(__name__)
+
+FAST_POLL_SECONDS = 0.025
+SLOW_POLL_SECONDS = 0.1
+FAST_FOR_SECONDS = 2.0
+RETRY_FAILED_SECONDS = 1.0
+SETTLE_SECONDS = 0.5
+"""How long free memory may lag behind the process list before it is believed as it is."""
+
+
+@dataclass
+class _Unload:
+    """One victim's unload under way. ``error`` and ``calling`` are written by the calling thread alone."""
+
+    consumer: Consumer
+    dialect: Dialect
+    before: Mapping[GpuRef, Holding]
+    free_before: Mapping[GpuRef, int]
+    started_at: float
+    asked_at: float = 0.0
+    calling: bool = False
+    error: BackendReason | None = None
+    proved_at: float | None = None
+    done_at: float | None = None
+    still: dict[GpuRef, int] = field(default_factory=dict)
+
+    @property
+    def limit(self) -> float:
+        return self.started_at + self.consumer.unload_timeout_seconds
+
+    @property
+    def held_mib(self) -> int:
+        return sum(holding.held_mib for holding in self.before.values())
+
+
+class Evictor:
+    """Blocking. ``pause`` sleeps that many seconds; it is handed in so that a test owns the time."""
+
+    def __init__(
+        self, probe: Probe, dialects: Mapping[str, Dialect], clock: Clock, pause: Callable[[float], None]
+    ) -> None:
+        self._probe = probe
+        self._dialects = dialects
+        self._clock = clock
+        self._pause = pause
+
+    def unload(
+        self, victims: Sequence[Consumer], holdings: Mapping[tuple[str, GpuRef], Holding], reading: Reading
+    ) -> list[Victim]:
+        """Unload these and wait for the proof; one Victim for each, in order. Returns after the slowest one's
+        ``unload.timeout_seconds`` at the latest (plus one read of the card)."""
+        now = self._clock.monotonic()
+        unloads = [
+            _Unload(
+                consumer=victim,
+                dialect=self._dialects[victim.name],
+                before={gpu: holdings.get((victim.name, gpu), Holding(0)) for gpu in victim.gpus},
+                free_before=_free(victim, reading),
+                started_at=now,
+            )
+            for victim in victims
+        ]
+        for unload in unloads:
+            self._ask(unload, now)
+        self._watch(unloads)
+        return [self._verdict(unload) for unload in unloads]
+
+    def _ask(self, unload: _Unload, now: float) -> None:
+        if not unload.dialect.can_unload:
+            return
+        unload.asked_at = now
+        unload.calling = True
+        threading.Thread(
+            target=self._call, args=(unload, unload.limit - now), name=f"unload-{unload.consumer.name}", daemon=True
+        ).start()
+
+    def _call(self, unload: _Unload, within_seconds: float) -> None:
+        try:
+            unload.dialect.unload(within_seconds)
+        except BackendError as error:
+            unload.error = error.reason
+            log.warning("unload call failed consumer=%s reason=%s: %s", unload.consumer.name, error.reason, error)
+        else:
+            unload.error = None
+        finally:
+            unload.calling = False
+
+    def _watch(self, unloads: Sequence[_Unload]) -> None:
+        start = self._clock.monotonic()
+        while True:
+            reading = self._probe.read()
+            now = self._clock.monotonic()
+            for unload in unloads:
+                if unload.done_at is None:
+                    self._look(unload, reading, now)
+            if all(unload.done_at is not None or now >= unload.limit for unload in unloads):
+                return
+            self._pause(FAST_POLL_SECONDS if now - start < FAST_FOR_SECONDS else SLOW_POLL_SECONDS)
+
+    def _look(self, unload: _Unload, reading: Reading, now: float) -> None:
+        if self._given_back(unload, reading, now):
+            unload.done_at = now
+        elif now < unload.limit and not unload.calling:
+            again = unload.dialect.ask_again_seconds
+            again = RETRY_FAILED_SECONDS if unload.error is not None else again
+            if again is not None and now - unload.asked_at >= again:
+                self._ask(unload, now)
+
+    def _given_back(self, unload: _Unload, reading: Reading, now: float) -> bool:
+        if reading.problems(unload.consumer.gpus):
+            return False
+        held = {gpu: _held(unload.consumer, gpu, reading) for gpu in unload.consumer.gpus}
+        free = _free(unload.consumer, reading)
+        risen = {gpu: free[gpu] - unload.free_before.get(gpu, 0) for gpu in unload.consumer.gpus}
+        unload.still = {gpu: _still(unload.before[gpu], held[gpu], risen[gpu]) for gpu in held}
+        if not given_back(unload.consumer, unload.before, held, risen):
+            return False
+        unload.proved_at = now if unload.proved_at is None else unload.proved_at
+        gone = {gpu: unload.before[gpu].held_mib - unload.still[gpu] for gpu in held}
+        lagging = any(risen[gpu] < 0.9 * gone[gpu] for gpu in held)
+        return not lagging or now - unload.proved_at >= SETTLE_SECONDS or now >= unload.limit
+
+    def _verdict(self, unload: _Unload) -> Victim:
+        end = unload.done_at if unload.done_at is not None else self._clock.monotonic()
+        return Victim(
+            consumer=unload.consumer.name,
+            held_mib=unload.held_mib,
+            still_held_mib=sum(unload.still.values()) if unload.still else unload.held_mib,
+            seconds=round(end - unload.started_at, 3),
+            reason=None if unload.done_at is not None else self._why(unload),
+        )
+
+    def _why(self, unload: _Unload) -> KeptReason:
+        if unload.error == "unreachable":
+            return "unreachable"
+        if unload.calling or unload.error == "hung":
+            return "hung"
+        try:
+            return "busy" if unload.dialect.busy() else "kept"
+        except BackendError:
+            return "kept"
+
+
+def _free(consumer: Consumer, reading: Reading) -> dict[GpuRef, int]:
+    gpus = {ref: reading.gpu(ref) for ref in consumer.gpus}
+    return {ref: gpu.free_mib for ref, gpu in gpus.items() if gpu is not None}
+
+
+def _held(consumer: Consumer, ref: GpuRef, reading: Reading) -> int | None:
+    gpu = reading.gpu(ref)
+    return None if gpu is None else gpu.held_mib(consumer.name)
+
+
+def _still(before: Holding, held_mib: int | None, risen_mib: int) -> int:
+    if held_mib is not None and before.exact:
+        return held_mib
+    return max(0, before.held_mib - max(0, risen_mib))

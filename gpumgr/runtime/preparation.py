@@ -1,0 +1,299 @@
+"""One ticket's way from its turn to its grant. Runs on a preparation thread; the caller's thread only waits.
+
+Owns: the order of the steps and putting the lock down for each. Must not: choose (core/placement.py does).
+
+    1. health    the target serves: a success at most 5 s old counts (skipped where loading starts the service)
+    2. look      read the card; ask those whose memory the driver does not tell
+    3. decide    under the lock, from what was just read
+         unload  victims leave service under the lock, lock down, unload with proof, back to 2
+         wait    for a holder's end or for the card to change, with the turn kept, back to 2
+         refuse  the error is the answer
+         fits    4. load, where the dialect has a call for it and it is not loaded; health again; back to 2
+                 5. grant: ``granting`` under the lock, written to the journal with the lock down, then live
+
+A ticket that has its answer already (deadline, shutdown) ends the preparation after the running step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+
+from gpumgr.core.card import Reading
+from gpumgr.core.lease import Lease
+from gpumgr.core.placement import Decision, Grant, Refuse, Report, Unload, Wait, decide
+from gpumgr.core.queue import Phase, WaitingFor
+from gpumgr.errors import ConsumerUnhealthy, GpumgrError, InternalError
+from gpumgr.runtime.evictor import Evictor
+from gpumgr.runtime.ports import BackendError, Clock, Dialect, Journal, Probe
+from gpumgr.runtime.state import State
+from gpumgr.runtime.ticket import Ticket
+
+log = logging.getLogger(__name__)
+
+HEALTH_COUNTS_SECONDS = 5.0
+LOOK_AGAIN_SECONDS = 0.5
+"""How often a card is read for a ticket that waits for memory nobody announces: a game that ends."""
+
+
+class _Gone(Exception):
+    """The ticket has its answer: there is nobody to prepare for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What a preparation may touch outside the lock."""
+
+    probe: Probe
+    dialects: Mapping[str, Dialect]
+    evictor: Evictor
+    journal: Journal
+    clock: Clock
+    refused: Callable[[Ticket, GpumgrError], None]
+    """Write down and answer a refusal; called with the lock down."""
+
+
+class Preparation:
+    def __init__(self, state: State, world: World, ticket: Ticket) -> None:
+        self._state = state
+        self._world = world
+        self._ticket = ticket
+        self._target = ticket.consumer
+        self._dialect = world.dialects[ticket.consumer.name]
+        self._loaded = False
+
+    def run(self) -> None:
+        """To the grant, to a refusal, or to nothing where nobody waits any more. Never raises."""
+        try:
+            self._prepare()
+        except _Gone:
+            pass
+        except GpumgrError as error:
+            self._world.refused(self._ticket, error)
+        except Exception:
+            log.exception("preparation failed consumer=%s", self._target.name)
+            self._world.refused(self._ticket, InternalError("gpumgr failed while preparing; its log has the traceback"))
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Not granted: the turn is free for the next one."""
+        with self._state.lock:
+            hold = self._state.queue.holds.get(self._ticket.seq)
+            if hold is not None and hold.phase in (Phase.PREPARING, Phase.GRANTING):
+                self._state.queue.leave(self._ticket.seq)
+                self._state.advance()
+
+    def _prepare(self) -> None:
+        if not self._dialect.load_starts_service:
+            self._require_health()
+        while True:
+            ends, reading, reports = self._look()
+            with self._state.lock:
+                self._require_wanted()
+                if ends != self._state.ends:
+                    continue  # whoever ended may have taken its memory after the card was read
+                decision = self._decide(reading, reports)
+            if isinstance(decision, Refuse):
+                raise decision.error
+            if isinstance(decision, Unload):
+                self._unload(decision, reading, reports)
+            elif isinstance(decision, Wait):
+                self._wait(decision)
+            elif self._must_load():
+                self._load()
+            else:
+                self._write_down()
+                return
+
+    def _decide(self, reading: Reading, reports: Mapping[str, Report]) -> Decision:
+        """3, with the lock held: what follows from the decision begins before the lock is put down."""
+        state = self._state
+        state.note_reading(reading)
+        view = state.view(self._ticket, reading, reports)
+        decision = decide(self._target, view)
+        if not isinstance(decision, Wait) and self._ticket.waiting_for is not None:
+            state.prepare_anew(self._ticket)
+        if isinstance(decision, Unload):
+            for name in decision.consumers:
+                state.queue.take_out(name)
+            self._ticket.step = f"unloading {', '.join(decision.consumers)}"
+        elif isinstance(decision, Grant):
+            self._loaded = self._loaded or view.resident(self._target)
+            if not self._must_load():
+                self._ticket.granting = True
+                state.queue.holds[self._ticket.seq].phase = Phase.GRANTING
+        return decision
+
+    def _require_wanted(self) -> None:
+        if self._ticket.outcome is not None:
+            raise _Gone
+
+    def _set_step(self, step: str) -> None:
+        with self._state.lock:
+            self._require_wanted()
+            self._ticket.step = step
+
+    # -- 1 --------------------------------------------------------------------------------------------------
+
+    def _require_health(self) -> None:
+        name = self._target.name
+        with self._state.lock:
+            self._require_wanted()
+            known = self._state.memory[name]
+            age = self._world.clock.monotonic() - (known.checked if known.checked is not None else float("-inf"))
+            if known.healthy and age <= HEALTH_COUNTS_SECONDS:
+                return
+            self._ticket.step = f"asking {name} for its health"
+        error = self._ask_health()
+        if error is not None:
+            raise ConsumerUnhealthy(
+                f"{name} does not pass its health check ({error}): nobody was unloaded for it. Start or repair it",
+                consumer=name,
+                cause=error,
+            )
+
+    def _ask_health(self) -> str | None:
+        error = None
+        try:
+            self._dialect.health()
+        except BackendError as failure:
+            error = str(failure)
+        with self._state.lock:
+            self._state.note_health(self._target.name, error)
+        return error
+
+    # -- 2 --------------------------------------------------------------------------------------------------
+
+    def _look(self) -> tuple[int, Reading, dict[str, Report]]:
+        """How many holds had ended before the card was read, the reading, and the reports it needs."""
+        with self._state.lock:
+            self._require_wanted()
+            ends = self._state.ends
+            if self._ticket.waiting_for is None:
+                self._ticket.step = "reading the card"
+        reading = self._world.probe.read()
+        with self._state.lock:
+            self._require_wanted()
+            self._state.note_reading(reading)
+            self._target = self._ticket.consumer = self._state.catalog.consumers[self._target.name]
+            names = self._state.untold(self._target, reading)
+        return ends, reading, ask_reports(names, self._world.dialects)
+
+    # -- 3 --------------------------------------------------------------------------------------------------
+
+    def _unload(self, decision: Unload, reading: Reading, reports: Mapping[str, Report]) -> None:
+        state = self._state
+        victims = [state.catalog.consumers[name] for name in decision.consumers]
+        with state.lock:
+            holdings = state.holdings(reading, reports)
+        outcome = []
+        after = reading
+        try:
+            outcome = self._world.evictor.unload(victims, holdings, reading)
+            after = self._world.probe.read()
+        finally:
+            with state.lock:
+                for name in decision.consumers:
+                    state.queue.put_back(name)
+                for victim in outcome:
+                    state.note_victim(victim, after)
+                self._ticket.tried.extend(outcome)
+                state.advance()
+        for victim in outcome:
+            self._tell(victim)
+
+    def _tell(self, victim: object) -> None:
+        facts = dataclasses.asdict(victim)  # type: ignore[call-overload]
+        consumer, reason = facts.pop("consumer"), facts.pop("reason")
+        facts["for"] = self._target.name
+        if reason is not None:
+            facts["reason"] = reason
+        kind = "evict" if reason is None else "evict_failed"
+        self._state.note(kind, consumer, **facts)
+        log.info("%s consumer=%s %s", kind, consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
+
+    def _wait(self, decision: Wait) -> None:
+        state, ticket = self._state, self._ticket
+        with state.lock:
+            self._require_wanted()
+            if decision.reason == "vram":
+                ticket.step = "waiting for memory that holders still use"
+                state.wait_inside(ticket, WaitingFor.VRAM)
+            ticket.stirred.wait(LOOK_AGAIN_SECONDS)
+            self._require_wanted()
+
+    # -- 4 --------------------------------------------------------------------------------------------------
+
+    def _must_load(self) -> bool:
+        return self._dialect.can_load and not self._loaded
+
+    def _load(self) -> None:
+        name = self._target.name
+        self._set_step(f"loading {name}")
+        try:
+            self._dialect.load()
+        except BackendError as failure:
+            raise ConsumerUnhealthy(
+                f"{name} did not load ({failure}): look at its log", consumer=name, cause=str(failure)
+            ) from failure
+        self._loaded = True
+        self._set_step(f"asking {name} for its health")
+        error = self._ask_health()
+        if error is not None:
+            raise ConsumerUnhealthy(
+                f"{name} was loaded and does not pass its health check ({error}): look at its log",
+                consumer=name,
+                cause=error,
+            )
+
+    # -- 5 --------------------------------------------------------------------------------------------------
+
+    def _write_down(self) -> None:
+        """The grant is decided and excludes others already; it is told when the journal has it."""
+        state, ticket, world = self._state, self._ticket, self._world
+        with state.lock:
+            fence = state.leases.next_fence()
+            gpus = [state.reading.gpu(ref) for ref in self._target.gpus]
+            lease = Lease(
+                lease_id=secrets.token_hex(5),
+                token=secrets.token_urlsafe(24),
+                consumer=self._target.name,
+                holder=ticket.holder,
+                gpus=tuple(
+                    gpu.index if gpu is not None else ref for gpu, ref in zip(gpus, self._target.gpus, strict=True)
+                ),
+                gpu_uuids=tuple(gpu.uuid if gpu is not None else None for gpu in gpus),
+                seq=ticket.seq,
+                fence=fence,
+                granted_at=0.0,
+                ttl_seconds=ticket.ttl_seconds,
+                expires_at=0.0,
+                request=ticket.request,
+            )
+            waited = world.clock.monotonic() - ticket.entered_at
+        facts = {"lease_id": lease.lease_id, "holder": lease.holder, "fence": fence, "waited_seconds": round(waited, 3)}
+        world.journal.granted(lease, state.note("grant", lease.consumer, **facts))
+        with state.lock:
+            live = state.leases.publish(lease, world.clock.monotonic())
+            state.queue.holds[ticket.seq].phase = Phase.LIVE
+            state.memory[lease.consumer].total_requests += 1
+            state.settle(ticket, live)
+            state.expiry.notify()
+            state.advance()
+        log.info("grant consumer=%s %s", lease.consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
+
+
+def ask_reports(names: list[str], dialects: Mapping[str, Dialect]) -> dict[str, Report]:
+    """Their own word on what they hold. One that cannot be reached holds nothing; one that hangs is loading."""
+    reports = {}
+    for name in names:
+        try:
+            report = dialects[name].loaded()
+        except BackendError as error:
+            report = Report(loaded=False, used_mib=0) if error.reason == "unreachable" else None
+        if report is not None:
+            reports[name] = report
+    return reports

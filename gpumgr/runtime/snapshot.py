@@ -1,0 +1,142 @@
+"""What status shows: everything at one instant, as JSON-ready values.
+
+Owns: the shape of ``GET /v1/status``. Must not: decide or wait; it takes the lock once and copies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpumgr import __version__
+from gpumgr.core.card import GpuReading
+from gpumgr.core.catalog import Consumer, GpuRef
+from gpumgr.core.lease import Lease
+from gpumgr.core.placement import Holding
+from gpumgr.core.queue import WaitingFor
+from gpumgr.runtime.broker import Broker
+from gpumgr.runtime.state import State, rfc3339
+from gpumgr.runtime.ticket import Ticket
+
+
+def snapshot(broker: Broker) -> dict[str, Any]:
+    state = broker.state
+    with state.lock:
+        now = broker.clock.monotonic()
+        holdings = state.holdings(state.reading, {})
+        promised = state.promised(state.in_use(), holdings)
+        return {
+            "version": __version__,
+            "started_at": rfc3339(broker.started_at) if broker.started_at else None,
+            "now": state.shown(now),
+            "when_unreadable": broker.settings.gpu.when_unreadable,
+            "gpus": [_gpu(state, ref, promised.get(ref, 0)) for ref in _refs(state)],
+            "consumers": [_consumer(broker, c, holdings) for c in state.catalog.consumers.values()],
+            "leases": [_lease(state, lease, now) for lease in state.leases if lease.alive(now)],
+            "queue": _queue(state, now),
+            "events": list(state.events),
+        }
+
+
+def _refs(state: State) -> list[GpuRef]:
+    """The GPUs the driver shows, and those that consumers name and it does not."""
+    shown: list[GpuRef] = [gpu.index for gpu in state.reading.gpus]
+    return shown + [ref for ref in state.catalog.gpus if state.reading.gpu(ref) is None]
+
+
+def _gpu(state: State, ref: GpuRef, promised_mib: int) -> dict[str, Any]:
+    gpu = state.reading.gpu(ref) or GpuReading(
+        index=ref if isinstance(ref, int) else -1, uuid=None, name="", total_mib=0, used_mib=0, free_mib=0, error=""
+    )
+    readable = gpu.readable
+    facts: dict[str, Any] = {
+        "index": ref if isinstance(ref, int) else None,
+        "uuid": ref if isinstance(ref, str) else gpu.uuid,
+        "name": gpu.name or None,
+        "total_mib": gpu.total_mib if readable else None,
+        "used_mib": gpu.used_mib if readable else None,
+        "free_mib": gpu.free_mib if readable else None,
+        "promised_mib": promised_mib,
+        "readable": readable,
+        "read_at": state.shown(state.reading.read_at) if state.reading.read_at > float("-inf") else None,
+        "processes": [
+            {"pid": p.pid, "name": p.name, "used_mib": p.used_mib, "consumer": p.consumer} for p in gpu.processes
+        ],
+    }
+    if not readable:
+        facts["error"] = "; ".join(state.reading.problems([ref]))
+    return facts
+
+
+def _consumer(broker: Broker, consumer: Consumer, holdings: dict[tuple[str, GpuRef], Holding]) -> dict[str, Any]:
+    state = broker.state
+    memory = state.memory[consumer.name]
+    held = [holdings[consumer.name, ref] for ref in consumer.gpus]
+    sizes = set(consumer.vram_resident_mib)
+    return {
+        "name": consumer.name,
+        "kinds": state.catalog.kinds_of(consumer.name),
+        "dialect": consumer.dialect,
+        "url": consumer.url,
+        "gpus": list(consumer.gpus),
+        "vram_resident_mib": consumer.vram_resident_mib[0] if len(sizes) == 1 else list(consumer.vram_resident_mib),
+        "held_mib": sum(h.held_mib for h in held) if all(h.resident is not None for h in held) else None,
+        "can_coexist_with": sorted(consumer.can_coexist_with),
+        "healthy": memory.healthy,
+        "health_error": memory.health_error,
+        "checked_at": rfc3339(memory.checked_at) if memory.checked_at else None,
+        "resident": _any([h.resident for h in held]),
+        "in_use": _in_use(state, consumer.name),
+        "total_requests": memory.total_requests,
+        "evictions": memory.evictions,
+        "last_used_at": rfc3339(memory.last_used_at) if memory.last_used_at else None,
+    }
+
+
+def _any(truths: list[bool | None]) -> bool | None:
+    if True in truths:
+        return True
+    return None if None in truths else False
+
+
+def _in_use(state: State, consumer: str) -> str | None:
+    if state.queue.is_unloading(consumer):
+        return "evicting"
+    return "lease" if state.queue.holds_of(consumer) else None
+
+
+def _lease(state: State, lease: Lease, now: float) -> dict[str, Any]:
+    return {
+        "lease_id": lease.lease_id,
+        "token": lease.token,
+        "consumer": lease.consumer,
+        "holder": lease.holder,
+        "fence": lease.fence,
+        "granted_at": state.shown(lease.granted_at),
+        "expires_at": state.shown(lease.expires_at),
+        "ttl_seconds": lease.ttl_seconds,
+        "held_seconds": round(now - lease.granted_at, 3),
+    }
+
+
+def _queue(state: State, now: float) -> list[dict[str, Any]]:
+    """Everyone without an answer yet, in order of arrival; ``waiting_for`` is ``preparing`` while its own
+    preparation runs."""
+    tickets = sorted(state.tickets.values(), key=lambda ticket: ticket.seq)
+    return [
+        {
+            "position": position,
+            "consumer": ticket.consumer.name,
+            "holder": ticket.holder,
+            "waiting_seconds": round(now - ticket.entered_at, 3),
+            "deadline_at": state.shown(ticket.deadline),
+            "waiting_for": _waiting_for(state, ticket).value,
+            "step": ticket.step,
+        }
+        for position, ticket in enumerate(tickets, 1)
+    ]
+
+
+def _waiting_for(state: State, ticket: Ticket) -> WaitingFor:
+    if ticket.waiting_for is not None:
+        return ticket.waiting_for
+    return WaitingFor.PREPARING if ticket.prepare_limit is not None else state.queue.why(ticket.entry)

@@ -1,0 +1,268 @@
+"""Everything the one lock guards, and the moves on it.
+
+Owns: the lock, the queue, the leases, the tickets, and what is remembered of each consumer. Must not: do I/O,
+wait, or decide what the core decides. Every method but the constructor is called with ``lock`` held.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from gpumgr.config import LeaseSettings
+from gpumgr.core.card import Reading
+from gpumgr.core.catalog import Catalog, Consumer, GpuRef
+from gpumgr.core.lease import Lease, LeaseBook, RequestKey
+from gpumgr.core.placement import Holding, Report, Victim, View, assess, promised_mib
+from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
+from gpumgr.errors import GpumgrError
+from gpumgr.runtime.ports import Clock
+from gpumgr.runtime.ticket import Ask, Ticket
+
+EVENTS_KEPT = 200
+
+
+@dataclass
+class Memory:
+    """What the broker remembers of one consumer."""
+
+    total_requests: int = 0
+    evictions: int = 0
+    last_used: float | None = None
+    last_used_at: datetime | None = None
+    used_since_unload: bool | None = None
+    leftover_mib: dict[GpuRef, int] = field(default_factory=dict)
+    recognised: bool = False
+    """One of its processes was seen on a card: from then on an empty list means that it holds nothing."""
+    healthy: bool | None = None
+    health_error: str | None = None
+    checked: float | None = None
+    checked_at: datetime | None = None
+
+
+class State:
+    def __init__(self, catalog: Catalog, policy: Policy, lease: LeaseSettings, headroom_mib: int, clock: Clock) -> None:
+        self.lock = threading.Lock()
+        self.work = threading.Condition(self.lock)
+        """Preparation threads wait here for ``begun``."""
+        self.expiry = threading.Condition(self.lock)
+        """The watchdog waits here for a sooner expiry."""
+        self.queue = Queue(catalog, policy)
+        self.leases = LeaseBook()
+        self.tickets: dict[int, Ticket] = {}
+        self.by_request: dict[RequestKey, Ticket] = {}
+        self.begun: deque[Ticket] = deque()
+        self.inside: set[Ticket] = set()
+        """Tickets whose preparation waits with the turn kept; at most one per GPU."""
+        self.memory: dict[str, Memory] = {name: Memory() for name in catalog.consumers}
+        self.reading = Reading(read_at=float("-inf"), error="the card was not read yet")
+        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        self.ends = 0
+        """How many grants have ended. A reading taken before one of them says nothing about after it."""
+        self.stopping = False
+        self._lease = lease
+        self._headroom_mib = headroom_mib
+        self._clock = clock
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.queue.catalog
+
+    # -- tickets --------------------------------------------------------------------------------------------
+
+    def enter(self, ask: Ask, consumer: Consumer, now: float, deadline: float) -> Ticket:
+        """A new request at the end of the line."""
+        wanted = self._lease.default_ttl_seconds if ask.ttl_seconds is None else ask.ttl_seconds
+        ticket = Ticket(
+            entry=self.queue.enter(consumer.name),
+            consumer=consumer,
+            holder=ask.holder,
+            ttl_seconds=self._lease.clamp_ttl(wanted),
+            request=ask.request,
+            entered_at=now,
+            deadline=deadline,
+            woken=threading.Condition(self.lock),
+            stirred=threading.Condition(self.lock),
+        )
+        self.tickets[ticket.seq] = ticket
+        if ask.request is not None:
+            self.by_request[ask.request] = ticket
+        return ticket
+
+    def settle(self, ticket: Ticket, outcome: Lease | GpumgrError) -> None:
+        """The ticket has its answer: its callers wake. A granted one keeps its hold, any other leaves.
+
+        Where its preparation is in the middle of an unload, the hold stays until that step has ended.
+        """
+        if ticket.outcome is not None:
+            return
+        ticket.outcome = outcome
+        self._forget(ticket)
+        if isinstance(outcome, GpumgrError):
+            if ticket.prepare_limit is None:
+                self.queue.leave(ticket.seq)
+            ticket.stirred.notify_all()
+        ticket.woken.notify_all()
+
+    def _forget(self, ticket: Ticket) -> None:
+        self.tickets.pop(ticket.seq, None)
+        self.inside.discard(ticket)
+        if ticket.request is not None and self.by_request.get(ticket.request) is ticket:
+            del self.by_request[ticket.request]
+
+    def advance(self) -> None:
+        """Somebody came or went: whoever has the turn now begins its preparation."""
+        now = self._clock.monotonic()
+        for hold in self.queue.begin():
+            ticket = self.tickets[hold.seq]
+            ticket.prepare_limit = now + self._lease.max_prepare_seconds
+            ticket.step = "waiting for a preparation thread"
+            self.begun.append(ticket)
+            self.work.notify()
+        for ticket in self.inside:
+            ticket.stirred.notify_all()
+
+    def prepare_anew(self, ticket: Ticket) -> None:
+        """Its wait inside the preparation is over: the preparation's own limit counts again."""
+        ticket.waiting_for = None
+        self.inside.discard(ticket)
+        ticket.prepare_limit = self._clock.monotonic() + self._lease.max_prepare_seconds
+
+    def wait_inside(self, ticket: Ticket, reason: WaitingFor) -> None:
+        """Its preparation has to wait with the turn kept: from now on its callers' deadlines count."""
+        if ticket.waiting_for is not reason:
+            ticket.waiting_for = reason
+            self.inside.add(ticket)
+            ticket.woken.notify_all()
+
+    # -- views ----------------------------------------------------------------------------------------------
+
+    def in_use(self) -> frozenset[str]:
+        return frozenset(hold.consumer for hold in self.queue.holds.values())
+
+    def view(self, ticket: Ticket, reading: Reading, reports: Mapping[str, Report]) -> View:
+        """What a decision about this ticket looks at."""
+        target = ticket.consumer.name
+        others = self.in_use() - {target}
+        beside = [hold for hold in self.queue.holds_of(target) if hold.seq != ticket.seq]
+        holdings = self.holdings(reading, reports)
+        return View(
+            catalog=self.catalog,
+            reading=reading,
+            headroom_mib=self._headroom_mib,
+            holdings=holdings,
+            promised_mib=self.promised(others, holdings),
+            in_use=others,
+            leaving=frozenset(name for name in self.catalog.consumers if self.queue.is_unloading(name)),
+            target_in_use=bool(beside),
+            tried=tuple(ticket.tried),
+            last_used={name: m.last_used for name, m in self.memory.items() if m.last_used is not None},
+        )
+
+    def holdings(self, reading: Reading, reports: Mapping[str, Report]) -> dict[tuple[str, GpuRef], Holding]:
+        found = {}
+        for consumer in self.catalog.consumers.values():
+            remembered = self.memory[consumer.name]
+            for ref in consumer.gpus:
+                gpu = reading.gpu(ref)
+                found[consumer.name, ref] = assess(
+                    consumer,
+                    ref,
+                    driver_mib=None if gpu is None else gpu.held_mib(consumer.name),
+                    attributable=remembered.recognised or (gpu is not None and not gpu.untracked),
+                    report=reports.get(consumer.name),
+                    used_since_unload=remembered.used_since_unload,
+                    leftover_mib=remembered.leftover_mib.get(ref, 0),
+                )
+        return found
+
+    def promised(self, holders: Iterable[str], holdings: Mapping[tuple[str, GpuRef], Holding]) -> dict[GpuRef, int]:
+        """Per GPU, what these consumers were granted and have not taken yet. Two leases of one consumer share
+        its memory, so it counts once."""
+        promised: dict[GpuRef, int] = {}
+        for name in holders:
+            consumer = self.catalog.consumers[name]
+            for ref in consumer.gpus:
+                mib = promised_mib(consumer, ref, holdings[name, ref])
+                promised[ref] = promised.get(ref, 0) + mib
+        return promised
+
+    def untold(self, target: Consumer, reading: Reading) -> list[str]:
+        """The consumers on the target's GPUs whose memory the driver does not tell: they must be asked."""
+        names = []
+        for consumer in self.catalog.consumers.values():
+            for ref in set(consumer.gpus) & set(target.gpus):
+                gpu = reading.gpu(ref)
+                held = None if gpu is None else gpu.held_mib(consumer.name)
+                strangers = gpu is not None and bool(gpu.untracked)
+                if held is None or (held == 0 and strangers and not self.memory[consumer.name].recognised):
+                    names.append(consumer.name)
+                    break
+        return names
+
+    # -- memory of consumers --------------------------------------------------------------------------------
+
+    def note_reading(self, reading: Reading) -> None:
+        """The newest reading is the one status shows; processes it names are recognised from now on."""
+        if reading.read_at < self.reading.read_at:
+            return
+        self.reading = reading
+        if self.catalog.unresolved and reading.error is None:
+            self.queue.catalog = self.catalog.resolved(reading)
+        for gpu in reading.gpus:
+            for process in gpu.processes:
+                if process.consumer in self.memory:
+                    self.memory[process.consumer].recognised = True
+
+    def note_victim(self, victim: Victim, reading: Reading) -> None:
+        remembered = self.memory[victim.consumer]
+        if victim.reason is None:
+            remembered.evictions += 1
+            remembered.used_since_unload = False
+            for ref in self.catalog.consumers[victim.consumer].gpus:
+                gpu = reading.gpu(ref)
+                held = None if gpu is None else gpu.held_mib(victim.consumer)
+                remembered.leftover_mib[ref] = held or 0
+
+    def note_health(self, consumer: str, error: str | None) -> None:
+        remembered = self.memory[consumer]
+        remembered.healthy = error is None
+        remembered.health_error = error
+        remembered.checked = self._clock.monotonic()
+        remembered.checked_at = self._clock.utc()
+
+    def note_used(self, consumer: str) -> None:
+        """A grant of it has ended: it may have left memory behind."""
+        self.ends += 1
+        remembered = self.memory[consumer]
+        remembered.used_since_unload = True
+        remembered.last_used = self._clock.monotonic()
+        remembered.last_used_at = self._clock.utc()
+
+    # -- showing --------------------------------------------------------------------------------------------
+
+    def shown(self, instant: float) -> str:
+        """A monotonic instant as RFC 3339 UTC with milliseconds."""
+        return rfc3339(self._clock.utc() + timedelta(seconds=instant - self._clock.monotonic()))
+
+    def note(self, event: str, consumer: str | None, **facts: Any) -> dict[str, Any]:
+        """Remember an event for status. The one method that needs no lock: appending to a deque is atomic."""
+        noted = {"at": rfc3339(self._clock.utc()), "type": event, "consumer": consumer, **facts}
+        self.events.append(noted)
+        return noted
+
+    def held_up_by(self, lease: Lease) -> int:
+        """How many requests wait for this lease: in the line, or prepared and waiting for its memory."""
+        hold = self.queue.holds.get(lease.seq)
+        if hold is None or hold.phase is not Phase.LIVE:
+            return 0
+        inside = sum(1 for ticket in self.inside if set(ticket.consumer.gpus) & set(hold.gpus))
+        return self.queue.held_up_by(hold) + inside
+
+
+def rfc3339(at: datetime) -> str:
+    return at.strftime("%Y-%m-%dT%H:%M:%S.") + f"{at.microsecond // 1000:03d}Z"

@@ -1,0 +1,70 @@
+"""A request on its way: what the caller's thread waits on.
+
+Owns: the ticket and its place between the queue and the waiting threads. Must not: decide anything.
+Every field is guarded by the broker's one lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from gpumgr.core.catalog import Consumer
+from gpumgr.core.lease import Lease, RequestKey
+from gpumgr.core.placement import Victim
+from gpumgr.core.queue import Entry, WaitingFor
+from gpumgr.errors import GpumgrError
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a caller asks for, validated. Seconds are clamped by the broker, which knows the limits."""
+
+    kind: str | None = None
+    consumer: str | None = None
+    ttl_seconds: float | None = None
+    wait_seconds: float | None = None
+    holder: str | None = None
+    request: RequestKey | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """One request, however many callers joined it.
+
+    ``woken`` is the condition of its callers, ``stirred`` that of its preparation where that waits for memory;
+    both are made from the broker's lock, so that a release wakes exactly who may go.
+    """
+
+    entry: Entry
+    consumer: Consumer
+    holder: str | None
+    ttl_seconds: float
+    request: RequestKey | None
+    entered_at: float
+    deadline: float
+    woken: threading.Condition
+    stirred: threading.Condition
+    callers: int = 0
+    prepare_limit: float | None = None
+    """Monotonic; None while it waits in the line."""
+    waiting_for: WaitingFor | None = None
+    """Set while its preparation has to wait: then the deadline counts, not the preparation's limit."""
+    step: str = "waiting for its turn"
+    granting: bool = False
+    outcome: Lease | GpumgrError | None = None
+    tried: list[Victim] = field(default_factory=list)
+
+    @property
+    def seq(self) -> int:
+        return self.entry.seq
+
+    @property
+    def preparing(self) -> bool:
+        return self.prepare_limit is not None and self.waiting_for is None
+
+    def limit(self, deadline: float) -> float | None:
+        """Until when a caller with this deadline waits; None: the answer is being written down."""
+        if self.granting:
+            return None
+        return self.prepare_limit if self.preparing else deadline

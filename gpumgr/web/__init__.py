@@ -1,0 +1,1 @@
+"""HTTP: parse, call the broker, render. No rule lives here."""

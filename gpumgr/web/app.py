@@ -1,0 +1,22 @@
+"""The Flask application: routes on a broker that is handed in."""
+
+from __future__ import annotations
+
+from flask import Flask
+
+from gpumgr.runtime.broker import Broker
+from gpumgr.web import leases, problems, status
+from gpumgr.web.places import Places
+
+
+def create_app(broker: Broker) -> Flask:
+    """Builds routes only; starting the broker is the server's business (its hooks, or ``app.py``)."""
+    app = Flask("gpumgr.web", static_folder=None)
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # the contract's order reads better
+    app.url_map.strict_slashes = True
+    server = broker.settings.server
+    app.register_blueprint(leases.routes(broker, Places(server.threads - server.reserved_threads)))
+    app.register_blueprint(status.routes(broker))
+    problems.register(app)
+    app.extensions["gpumgr"] = broker
+    return app

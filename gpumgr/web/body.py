@@ -1,0 +1,134 @@
+"""A request's words: read with a limit, parsed strictly, or one InvalidRequest that names the field.
+
+Owns: what a lease body may look like. Must not: know limits of time (the broker clamps) or who exists.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flask import Request
+
+from gpumgr.core.lease import RequestKey
+from gpumgr.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from gpumgr.runtime.ticket import Ask
+
+LARGEST_BODY_BYTES = 64 * 1024
+LONGEST_LABEL = 128
+ACQUIRE_FIELDS = ("kind", "consumer", "ttl_seconds", "wait_seconds", "holder", "request_id")
+RENEW_FIELDS = ("ttl_seconds",)
+
+
+def acquire_ask(request: Request) -> Ask:
+    """Raises: InvalidRequest, PayloadTooLarge, UnsupportedMediaType."""
+    fields = _object(request, ACQUIRE_FIELDS)
+    kind, consumer = _label(fields, "kind"), _label(fields, "consumer")
+    if (kind is None) == (consumer is None):
+        raise InvalidRequest("give exactly one of kind and consumer")
+    holder = _label(fields, "holder")
+    request_id = _label(fields, "request_id")
+    if request_id == "":
+        raise InvalidRequest("request_id must not be empty: use a random UUID", field="request_id")
+    return Ask(
+        kind=kind,
+        consumer=consumer,
+        ttl_seconds=_seconds(fields, "ttl_seconds", least_exclusive=True),
+        wait_seconds=_seconds(fields, "wait_seconds", least_exclusive=False),
+        holder=holder,
+        request=RequestKey(None, holder, request_id) if request_id is not None else None,
+    )
+
+
+def renew_ttl(request: Request) -> float | None:
+    """``ttl_seconds`` of a renew, whose body may be empty. Raises: as ``acquire_ask``."""
+    raw = _raw(request)
+    if not raw.strip():
+        return None
+    return _seconds(_parsed(request, raw, RENEW_FIELDS), "ttl_seconds", least_exclusive=True)
+
+
+def _object(request: Request, allowed: tuple[str, ...]) -> Mapping[str, Any]:
+    return _parsed(request, _raw(request), allowed)
+
+
+def _raw(request: Request) -> bytes:
+    """The body, refused as soon as it is known to be too large, whatever its headers claim."""
+    if (request.content_length or 0) > LARGEST_BODY_BYTES:
+        raise _too_large()
+    raw = request.stream.read(LARGEST_BODY_BYTES + 1)
+    if len(raw) > LARGEST_BODY_BYTES:
+        raise _too_large()
+    return bytes(raw)
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(f"a lease body is at most {LARGEST_BODY_BYTES} bytes", limit_bytes=LARGEST_BODY_BYTES)
+
+
+def _parsed(request: Request, raw: bytes, allowed: tuple[str, ...]) -> Mapping[str, Any]:
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaType(
+            f"the body must be sent as Content-Type: application/json, not {request.mimetype or 'without a type'}"
+        )
+    try:
+        body = json.loads(raw, parse_constant=_no_constant, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, _FieldError):
+            raise InvalidRequest(str(error)) from None
+        raise InvalidRequest("the body is not valid JSON") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    for key in body:
+        if key not in allowed:
+            raise InvalidRequest(f"unknown field {key[:64]!r}; allowed are {', '.join(allowed)}", field=key[:64])
+    return body
+
+
+class _FieldError(ValueError):
+    pass
+
+
+def _no_constant(name: str) -> float:
+    raise _FieldError(f"{name} is no number JSON knows")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise _FieldError("the body names a field twice")
+    return fields
+
+
+def _label(fields: Mapping[str, Any], name: str) -> str | None:
+    if name not in fields:
+        return None
+    value = fields[name]
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} must be a text", field=name)
+    if len(value) > LONGEST_LABEL:
+        raise InvalidRequest(f"{name} must have at most {LONGEST_LABEL} characters", field=name)
+    if any(0xD800 <= ord(c) <= 0xDFFF for c in value):
+        raise InvalidRequest(f"{name} holds half a character (a lone surrogate)", field=name)
+    return value
+
+
+def _seconds(fields: Mapping[str, Any], name: str, *, least_exclusive: bool) -> float | None:
+    """A finite number of seconds: above 0, or from 0 on."""
+    if name not in fields:
+        return None
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
+        raise InvalidRequest(f"{name} must be a finite number of seconds", field=name)
+    if value < 0 or (least_exclusive and value == 0):
+        raise InvalidRequest(f"{name} must be {'more than 0' if least_exclusive else '0 or more'} seconds", field=name)
+    return float(min(value, 1e9))
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return True  # an integer beyond any float; it is clamped like every other large one

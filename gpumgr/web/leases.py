@@ -1,0 +1,70 @@
+"""The lease routes. Owns: HTTP to broker calls and back. Must not: hold a rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, Response, jsonify, request
+
+from gpumgr.core.lease import Lease
+from gpumgr.runtime.broker import Broker
+from gpumgr.web.body import acquire_ask, renew_ttl
+from gpumgr.web.places import Places
+
+
+def routes(broker: Broker, places: Places) -> Blueprint:
+    blueprint = Blueprint("leases", __name__)
+
+    @blueprint.post("/v1/lease")
+    def acquire() -> Response:
+        with places.one():  # before the body is read: a slow body holds a thread as well
+            ask = acquire_ask(request)
+            return jsonify(grant(broker, broker.acquire(ask)))
+
+    @blueprint.post("/v1/lease/<token>/renew")
+    def renew(token: str) -> Response:
+        lease, waiting, healthy = broker.renew(token, renew_ttl(request))
+        return jsonify(
+            {
+                "token": lease.token,
+                "expires_at": broker.state.shown(lease.expires_at),
+                "ttl_seconds": number(lease.ttl_seconds),
+                "waiting": waiting,
+                "consumer_healthy": healthy,
+            }
+        )
+
+    @blueprint.get("/v1/lease/<token>")
+    def read(token: str) -> Response:
+        return jsonify(grant(broker, broker.lease(token)))
+
+    @blueprint.delete("/v1/lease/<token>")
+    def release(token: str) -> Response:
+        if broker.release(token):
+            return jsonify({"released": True})
+        return jsonify({"released": False, "reason": "unknown_or_expired"})
+
+    return blueprint
+
+
+def grant(broker: Broker, lease: Lease) -> dict[str, Any]:
+    """What a holder is told of its lease."""
+    consumer = broker.state.catalog.consumers[lease.consumer]
+    return {
+        "lease_id": lease.lease_id,
+        "token": lease.token,
+        "consumer": lease.consumer,
+        "url": consumer.public_url,
+        "gpus": list(lease.gpus),
+        "gpu_uuids": list(lease.gpu_uuids),
+        "holder": lease.holder,
+        "fence": lease.fence,
+        "granted_at": broker.state.shown(lease.granted_at),
+        "expires_at": broker.state.shown(lease.expires_at),
+        "ttl_seconds": number(lease.ttl_seconds),
+    }
+
+
+def number(value: float) -> float:
+    """120, not 120.0."""
+    return int(value) if value == int(value) else value

@@ -1,0 +1,67 @@
+"""Every error as the one error body of the API.
+
+Owns: error → response. Must not: decide whether something is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from flask import Flask, Response, jsonify, request
+from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
+
+from gpumgr.errors import (
+    GpumgrError,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+)
+
+log = logging.getLogger(__name__)
+
+
+def respond(error: GpumgrError) -> Response:
+    """Retryable errors say when; the others keep OpenAI's SDKs from retrying every status of 500 and above."""
+    response = jsonify(error.to_wire())
+    response.status_code = error.status
+    if error.retryable:
+        response.headers["Retry-After"] = str(error.retry_after_seconds)
+    else:
+        response.headers["x-should-retry"] = "false"
+    return response
+
+
+def register(app: Flask) -> None:
+    """An error handler for everything, so that no exception reaches gunicorn: it would log the URI, which may hold
+    a token."""
+
+    @app.errorhandler(GpumgrError)
+    def ours(error: GpumgrError) -> Response:
+        return respond(error)
+
+    @app.errorhandler(HTTPException)
+    def http(error: HTTPException) -> Response:
+        response = respond(_translated(error))
+        if isinstance(error, WerkzeugMethodNotAllowed) and error.valid_methods:
+            response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
+        return response
+
+    @app.errorhandler(Exception)
+    def unexpected(error: Exception) -> Response:
+        log.exception("a request failed endpoint=%s", request.endpoint, exc_info=error)
+        return respond(InternalError("gpumgr failed; its log has the traceback"))
+
+
+def _translated(error: HTTPException) -> GpumgrError:
+    if error.code == 404:
+        return NotFound("there is no such route; docs/api.md lists them")
+    if error.code == 405:
+        return MethodNotAllowed(f"this route does not take {request.method}")
+    if error.code == 413:
+        return PayloadTooLarge("the body is too large")
+    if error.code is not None and error.code < 500:
+        return InvalidRequest(error.description or "the request cannot be read")
+    return InternalError("gpumgr failed; its log has the traceback")

@@ -1,0 +1,50 @@
+"""The composition root: the one file that knows every concrete class. Builds, starts nothing."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+from flask import Flask
+
+from gpumgr.adapters.clock import SystemClock
+from gpumgr.adapters.dialects import dialect_of
+from gpumgr.adapters.journal import NoJournal
+from gpumgr.adapters.nvml import NvmlProbe
+from gpumgr.adapters.ownership import Claim, Ownership
+from gpumgr.adapters.simulated import SimulatedProbe, read_card_file
+from gpumgr.config import Settings, origin_of
+from gpumgr.runtime.broker import Broker
+from gpumgr.runtime.ports import Probe
+from gpumgr.web.app import create_app
+
+
+def build(settings: Settings) -> Flask:
+    """The application; its broker is ``app.extensions["gpumgr"]``, not started yet."""
+    return create_app(build_broker(settings))
+
+
+def build_broker(settings: Settings) -> Broker:
+    dialects = {name: dialect_of(consumer) for name, consumer in settings.consumers.items()}
+    return Broker(settings, build_probe(settings), dialects, SystemClock(), NoJournal())
+
+
+def build_probe(settings: Settings) -> Probe:
+    if settings.gpu.probe == "simulated":
+        owners = {port: name for name, port in _local_ports(settings).items()}
+        return SimulatedProbe(read_card_file(_card_file(settings)), owners)
+    ports = _local_ports(settings)
+    claims = [Claim(name, c.processes, ports.get(name)) for name, c in settings.consumers.items()]
+    return NvmlProbe(Ownership(claims, time.monotonic).owner)
+
+
+def _card_file(settings: Settings) -> Path:
+    return settings.gpu.simulated_card or settings.server.state_dir / "card.json"
+
+
+def _local_ports(settings: Settings) -> dict[str, int]:
+    """The listening port of each consumer on this machine: a process that listens there is that consumer's."""
+    here = {"127.0.0.1", socket.gethostname().lower()}
+    origins = {name: origin_of(consumer.url) for name, consumer in settings.consumers.items()}
+    return {name: port for name, (_, host, port) in origins.items() if port is not None and host in here}
