@@ -20,6 +20,7 @@ import dataclasses
 import logging
 import secrets
 from collections.abc import Callable, Mapping
+from enum import Enum
 
 from gpumgr.core.card import Reading
 from gpumgr.core.lease import Lease
@@ -36,6 +37,14 @@ log = logging.getLogger(__name__)
 HEALTH_COUNTS_SECONDS = 5.0
 LOOK_AGAIN_SECONDS = 0.5
 """How often a card is read for a ticket that waits for memory nobody announces: a game that ends."""
+
+
+class Step(Enum):
+    """What a preparation does next: look again at once, look again later, or nothing."""
+
+    AGAIN = "again"
+    WAIT = "wait"
+    DONE = "done"
 
 
 class _Gone(Exception):
@@ -62,21 +71,34 @@ class Preparation:
         self._ticket = ticket
         self._target = ticket.consumer
         self._dialect = world.dialects[ticket.consumer.name]
+        self._seen = -1
+        self._served = False
         self._loaded = False
 
     def run(self) -> None:
         """To the grant, to a refusal, or to nothing where nobody waits any more. Never raises."""
+        while (outcome := self.step()) is not Step.DONE:
+            if outcome is Step.WAIT:
+                with self._state.lock:
+                    if self._ticket.outcome is None and self._seen == self._state.changes:
+                        self._ticket.stirred.wait(LOOK_AGAIN_SECONDS)
+
+    def step(self) -> Step:
+        """One look at the world and what follows from it; blocks for as long as that takes. Never raises."""
         try:
-            self._prepare()
+            outcome = self._step()
         except _Gone:
-            pass
+            outcome = Step.DONE
         except GpumgrError as error:
             self._world.refused(self._ticket, error)
+            outcome = Step.DONE
         except Exception:
             log.exception("preparation failed consumer=%s", self._target.name)
             self._world.refused(self._ticket, InternalError("gpumgr failed while preparing; its log has the traceback"))
-        finally:
+            outcome = Step.DONE
+        if outcome is Step.DONE:
             self._leave()
+        return outcome
 
     def _leave(self) -> None:
         """Not granted: the turn is free for the next one."""
@@ -86,32 +108,34 @@ class Preparation:
                 self._state.queue.leave(self._ticket.seq)
                 self._state.advance()
 
-    def _prepare(self) -> None:
-        if not self._dialect.load_starts_service:
+    def _step(self) -> Step:
+        if not self._served and not self._dialect.load_starts_service:
             self._require_health()
-        while True:
-            ends, reading, reports = self._look()
-            with self._state.lock:
-                self._require_wanted()
-                if ends != self._state.ends:
-                    continue  # whoever ended may have taken its memory after the card was read
-                decision = self._decide(reading, reports)
-            if isinstance(decision, Refuse):
-                raise decision.error
-            if isinstance(decision, Unload):
-                self._unload(decision, reading, reports)
-            elif isinstance(decision, Wait):
-                self._wait(decision)
-            elif self._must_load():
-                self._load()
-            else:
-                self._write_down()
-                return
+        self._served = True
+        ends, reading, reports = self._look()
+        with self._state.lock:
+            self._require_wanted()
+            if ends != self._state.ends:
+                return Step.AGAIN  # whoever ended may have taken its memory after the card was read
+            decision = self._decide(reading, reports)
+        if isinstance(decision, Refuse):
+            raise decision.error
+        if isinstance(decision, Wait):
+            return Step.WAIT
+        if isinstance(decision, Unload):
+            self._unload(decision, reading, reports)
+        elif self._must_load():
+            self._load()
+        else:
+            self._write_down()
+            return Step.DONE
+        return Step.AGAIN
 
     def _decide(self, reading: Reading, reports: Mapping[str, Report]) -> Decision:
         """3, with the lock held: what follows from the decision begins before the lock is put down."""
         state = self._state
         state.note_reading(reading)
+        self._seen = state.changes
         view = state.view(self._ticket, reading, reports)
         decision = decide(self._target, view)
         if not isinstance(decision, Wait) and self._ticket.waiting_for is not None:
@@ -120,6 +144,10 @@ class Preparation:
             for name in decision.consumers:
                 state.queue.take_out(name)
             self._ticket.step = f"unloading {', '.join(decision.consumers)}"
+        elif isinstance(decision, Wait):
+            if decision.reason == "vram":
+                self._ticket.step = "waiting for memory that holders still use"
+                state.wait_inside(self._ticket, WaitingFor.VRAM)
         elif isinstance(decision, Grant):
             self._loaded = self._loaded or view.resident(self._target)
             if not self._must_load():
@@ -214,16 +242,6 @@ class Preparation:
         kind = "evict" if reason is None else "evict_failed"
         self._state.note(kind, consumer, **facts)
         log.info("%s consumer=%s %s", kind, consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
-
-    def _wait(self, decision: Wait) -> None:
-        state, ticket = self._state, self._ticket
-        with state.lock:
-            self._require_wanted()
-            if decision.reason == "vram":
-                ticket.step = "waiting for memory that holders still use"
-                state.wait_inside(ticket, WaitingFor.VRAM)
-            ticket.stirred.wait(LOOK_AGAIN_SECONDS)
-            self._require_wanted()
 
     # -- 4 --------------------------------------------------------------------------------------------------
 

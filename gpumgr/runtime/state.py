@@ -61,6 +61,8 @@ class State:
         self.memory: dict[str, Memory] = {name: Memory() for name in catalog.consumers}
         self.reading = Reading(read_at=float("-inf"), error="the card was not read yet")
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        self.changes = 0
+        """How often somebody came or went: what was decided before the last one may be decided differently now."""
         self.ends = 0
         """How many grants have ended. A reading taken before one of them says nothing about after it."""
         self.stopping = False
@@ -123,8 +125,10 @@ class State:
             ticket.step = "waiting for a preparation thread"
             self.begun.append(ticket)
             self.work.notify()
-        for ticket in self.inside:
-            ticket.stirred.notify_all()
+        self.changes += 1
+        for hold in self.queue.holds.values():
+            if hold.phase is Phase.PREPARING and hold.seq in self.tickets:
+                self.tickets[hold.seq].stirred.notify_all()
 
     def prepare_anew(self, ticket: Ticket) -> None:
         """Its wait inside the preparation is over: the preparation's own limit counts again."""
