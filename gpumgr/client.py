@@ -1,0 +1,219 @@
+"""The library that holders import: acquire, keep renewed, notice the loss, release. Needs ``requests`` alone.
+
+    from gpumgr.client import Gpu
+
+    with Gpu("http://127.0.0.1:8770").lease("image", holder="imagen") as lease:
+        for step in job:
+            lease.check()              # raises LeaseLost instead of working on somebody else's GPU
+            run(step, lease.url)
+
+What it promises: the lease is renewed from a thread of its own each third of its TTL; a renew that fails is tried
+again until the lease's time is over. What it cannot: a process that is stopped for longer than the TTL (SIGSTOP,
+suspend, a debugger) wakes up without its lease; ``check`` tells it before the next step, nothing stops the one that
+is running.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import requests
+
+from gpumgr.errors import GpumgrError, LeaseUnknown, from_wire
+
+DEFAULT_URL = "http://127.0.0.1:8770"
+CALL_SECONDS = 10.0
+LONGEST_ANSWER_SECONDS = 1500.0
+RETRY_SECONDS = 1.0
+
+
+class LeaseLost(Exception):
+    """The lease is over although nobody released it. The GPU may be another holder's: stop working on it."""
+
+
+class BrokerUnreachable(Exception):
+    """No answer from the broker, or none that is its own."""
+
+
+@dataclass(eq=False)
+class HeldLease:
+    """A lease in the holder's hand. ``expires`` is this machine's monotonic clock; after a renew it is counted from
+    before that was sent, so that it is never later than the broker's own."""
+
+    gpu: Gpu
+    grant: dict[str, Any]
+    expires: float
+    _lost: str | None = None
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    @property
+    def token(self) -> str:
+        return str(self.grant["token"])
+
+    @property
+    def url(self) -> str:
+        """Where the consumer is: run the job directly against it."""
+        return str(self.grant["url"])
+
+    @property
+    def fence(self) -> int:
+        """Larger than that of every lease before; useful where what the job writes to checks it."""
+        return int(self.grant["fence"])
+
+    @property
+    def ttl_seconds(self) -> float:
+        return float(self.grant["ttl_seconds"])
+
+    def check(self) -> None:
+        """Between two steps. Raises: LeaseLost."""
+        if self._lost is None and time.monotonic() >= self.expires:
+            self._lost = "it could not be renewed within its TTL"
+        if self._lost is not None:
+            raise LeaseLost(f"the lease of {self.grant['consumer']} is lost: {self._lost}")
+
+    def renew(self, ttl_seconds: float | None = None) -> dict[str, Any]:
+        """A full TTL from now on; the answer tells ``waiting`` and ``consumer_healthy``.
+
+        Raises: LeaseLost, BrokerUnreachable.
+        """
+        sent = time.monotonic()
+        body = None if ttl_seconds is None else {"ttl_seconds": ttl_seconds}
+        try:
+            answer = self.gpu.call("POST", f"/v1/lease/{self.token}/renew", json=body)
+        except LeaseUnknown:
+            self._lost = "the broker does not know it any more"
+            raise LeaseLost(f"the lease of {self.grant['consumer']} is lost: {self._lost}") from None
+        self.grant |= {"ttl_seconds": answer["ttl_seconds"], "expires_at": answer["expires_at"]}
+        self.expires = sent + float(answer["ttl_seconds"])
+        return answer
+
+    def keep(self) -> Self:
+        """Renew from a thread of its own from now on."""
+        self._thread = threading.Thread(target=self._keep, name=f"gpumgr-renew-{self.grant['lease_id']}", daemon=True)
+        self._thread.start()
+        return self
+
+    def _keep(self) -> None:
+        pause = 0.0  # at once: an acquire that was sent twice may be answered with a lease that has run for a while
+        while not self._ended.wait(pause):
+            try:
+                self.renew()
+                pause = self.ttl_seconds / 3
+            except LeaseLost:
+                return
+            except (BrokerUnreachable, GpumgrError):
+                if time.monotonic() >= self.expires:
+                    self._lost = "it could not be renewed within its TTL"
+                    return
+                pause = RETRY_SECONDS
+
+    def release(self) -> bool:
+        """Whether it was still ours. The renewing ends; calling it twice does no harm.
+
+        Raises: BrokerUnreachable; the lease then ends by itself at its TTL.
+        """
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join(CALL_SECONDS)
+            self._thread = None
+        return bool(self.gpu.call("DELETE", f"/v1/lease/{self.token}")["released"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            self.release()
+        except BrokerUnreachable:
+            if kind is None:
+                raise
+
+
+class Gpu:
+    """A broker. One object may serve many threads; each call is a request on a pooled connection."""
+
+    def __init__(self, url: str = DEFAULT_URL) -> None:
+        self.url = url.rstrip("/")
+        self._session = requests.Session()
+        self._session.trust_env = False
+
+    def acquire(
+        self,
+        kind: str | None = None,
+        *,
+        consumer: str | None = None,
+        ttl_seconds: float | None = None,
+        wait_seconds: float | None = None,
+        holder: str | None = None,
+        request_id: str | None = None,
+    ) -> HeldLease:
+        """Wait for the GPU; renewing is the caller's business (``lease`` does it by itself).
+
+        A connection that breaks is tried once more under the same ``request_id``, so that no grant is lost.
+        Raises: the classes of gpumgr.errors, BrokerUnreachable.
+        """
+        wanted = {
+            "kind": kind,
+            "consumer": consumer,
+            "ttl_seconds": ttl_seconds,
+            "wait_seconds": wait_seconds,
+            "holder": holder,
+            "request_id": request_id or str(uuid.uuid4()),
+        }
+        body = {name: value for name, value in wanted.items() if value is not None}
+        grant = self.call("POST", "/v1/lease", json=body, seconds=LONGEST_ANSWER_SECONDS)
+        return HeldLease(self, grant, time.monotonic() + float(grant["ttl_seconds"]))
+
+    def lease(self, kind: str | None = None, **options: Any) -> HeldLease:
+        """``acquire`` and keep renewed; for ``with``, which releases."""
+        return self.acquire(kind, **options).keep()
+
+    def status(self) -> dict[str, Any]:
+        return self.call("GET", "/v1/status")
+
+    def call(self, method: str, path: str, *, json: Any = None, seconds: float = CALL_SECONDS) -> dict[str, Any]:
+        """One call of the API; every call of it may be sent twice. Raises: as ``acquire``."""
+        try:
+            answer = self._send(method, path, json, seconds)
+        except requests.ConnectionError:
+            answer = self._again(method, path, json, seconds)
+        except requests.RequestException as error:
+            raise BrokerUnreachable(f"{self.url}: {type(error).__name__}") from None
+        return self._told(answer)
+
+    def _again(self, method: str, path: str, json: Any, seconds: float) -> requests.Response:
+        """A pooled connection may be closed by the other side just as we write on it: once more, on a fresh one."""
+        try:
+            return self._send(method, path, json, seconds)
+        except requests.RequestException as error:
+            raise BrokerUnreachable(f"{self.url} cannot be reached ({type(error).__name__})") from None
+
+    def _send(self, method: str, path: str, json: Any, seconds: float) -> requests.Response:
+        return self._session.request(method, self.url + path, json=json, timeout=(5.0, seconds))
+
+    def _told(self, answer: requests.Response) -> dict[str, Any]:
+        try:
+            body = answer.json()
+        except ValueError:
+            raise BrokerUnreachable(f"{self.url} answers {answer.status_code}, not as gpumgr does") from None
+        error = from_wire(body)
+        if error is not None:
+            raise error
+        if not answer.ok or not isinstance(body, dict):
+            raise BrokerUnreachable(f"{self.url} answers {answer.status_code}, not as gpumgr does")
+        return body
+
+    def close(self) -> None:
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
