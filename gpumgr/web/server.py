@@ -31,7 +31,7 @@ from gpumgr.runtime.broker import Broker
 log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
-TOKEN_IN_PATH = re.compile(r"(/v1/lease/)[^/\s?\"']+")
+TOKEN_IN_PATH = re.compile(r"(/v1/lease/)[^/\s?\"']+(/renew)?[^\s\"']*")
 
 _master: dict[str, Any] = {}
 """This process's lock and the settings it runs on. A process has one state directory, whatever is imported how
@@ -153,6 +153,6 @@ class TokenlessLogger(Logger):  # type: ignore[misc]  # gunicorn has no types
 
 
 def _without_token(record: logging.LogRecord) -> bool:
-    record.msg = TOKEN_IN_PATH.sub(r"\1[token]", record.getMessage())
+    record.msg = TOKEN_IN_PATH.sub(r"\1[token]\2", record.getMessage())
     record.args = None
     return True

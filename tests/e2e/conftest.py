@@ -17,5 +17,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
 
 @pytest.fixture
 def broker(tmp_path: Path, stage: Stage) -> Iterator[RunningBroker]:
-    with RunningBroker(tmp_path, stage.config(state_dir=tmp_path / "state", bind="127.0.0.1:8770")) as running:
+    config = stage.config()
+    config["consumers"]["ollama"]["unload"] = {"timeout_seconds": 1.5}  # what a test of a lying victim waits for
+    with RunningBroker(tmp_path, config) as running:
         yield running

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +76,41 @@ def test_game_on_the_card_refuses_with_the_numbers(broker: RunningBroker, stage:
     assert "bg3_dx11.exe" in error["message"]
 
 
+def test_a_victim_that_keeps_its_memory_is_named(broker: RunningBroker, stage: Stage) -> None:
+    stage.warm("ollama")
+    stage.ollama.faults.keeps_memory = True
+    answer = broker.acquire(kind="image")
+    error = answer.json()["error"]
+    assert answer.status_code == 503
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert (error["code"], error["retryable"]) == ("eviction_failed", True)
+    assert error["details"]["victims"] == [
+        {"consumer": "ollama", "held_mib": 9000, "still_held_mib": 9000, "reason": "kept"}
+    ]
+    assert stage.comfyui.work_calls == 0
+    # It is in service again, and the next request tries again.
+    stage.ollama.faults.keeps_memory = False
+    assert broker.acquire(kind="image").status_code == 200
+
+
+def test_an_unhealthy_target_evicts_nobody(tmp_path: Path, stage: Stage) -> None:
+    stage.warm("ollama")
+    stage.comfyui.faults.unhealthy = True
+    with RunningBroker(tmp_path, stage.config()) as broker:
+        answer = broker.acquire(kind="image")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "consumer_unhealthy")
+    assert stage.ollama.unload_calls == 0
+    assert stage.card.used_mib(stage.ollama.pid) == 9000
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBroker]:
+    """For requests that change nothing."""
+    directory = tmp_path_factory.mktemp("shared")
+    with Stage(directory, speed=20) as stage, RunningBroker(directory, stage.config()) as running:
+        yield running
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
@@ -90,7 +127,104 @@ def test_game_on_the_card_refuses_with_the_numbers(broker: RunningBroker, stage:
         ({"consumer": "nobody"}, 404, "consumer_unknown"),
     ],
 )
-def test_bad_words(broker: RunningBroker, body: dict[str, Any], status: int, code: str) -> None:
-    answer = broker.acquire(**body)
+def test_bad_words(shared: RunningBroker, body: dict[str, Any], status: int, code: str) -> None:
+    answer = shared.acquire(**body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert answer.json()["error"]["type"] == "gpumgr_error"
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "body", "status", "code"),
+    [
+        ("POST", "/v1/lease", JSON, b"{", 400, "invalid_request"),
+        ("POST", "/v1/lease", JSON, b"[]", 400, "invalid_request"),
+        ("POST", "/v1/lease", JSON, b'"image"', 400, "invalid_request"),
+        ("POST", "/v1/lease", JSON, b"\xff\xfe", 400, "invalid_request"),
+        ("POST", "/v1/lease", JSON, b"[" * 20000, 400, "invalid_request"),
+        ("POST", "/v1/lease", JSON, b'{"kind":"image","kind":"llm"}', 400, "invalid_request"),
+        ("POST", "/v1/lease", JSON, b'{"kind":"image","ttl_seconds":NaN}', 400, "invalid_request"),
+        ("POST", "/v1/lease", JSON, b'{"kind":"image","ttl_seconds":Infinity}', 400, "invalid_request"),
+        ("POST", "/v1/lease", JSON, b'{"kind":"image","ttl_seconds":1e999}', 400, "invalid_request"),
+        ("POST", "/v1/lease", JSON, b'{"kind":"image","ttl_seconds":null}', 400, "invalid_request"),
+        ("POST", "/v1/lease", JSON, b'{"kind":"image","holder":"\\ud800"}', 400, "invalid_request"),
+        ("POST", "/v1/lease", JSON, b'{"kind":"\\u0000"}', 404, "kind_unknown"),
+        ("POST", "/v1/lease", JSON, b" " * 65537, 413, "payload_too_large"),
+        ("POST", "/v1/lease", {"Content-Type": "text/plain"}, b'{"kind":"image"}', 415, "unsupported_media_type"),
+        ("POST", "/v1/lease", {}, b'{"kind":"image"}', 415, "unsupported_media_type"),
+        ("POST", "/v1/lease", {}, b"", 415, "unsupported_media_type"),
+        ("POST", "/v1/lease/nobody/renew", {}, b"", 404, "lease_unknown"),
+        ("POST", "/v1/lease/nobody/renew", JSON, b'{"ttl_seconds":-1}', 400, "invalid_request"),
+        ("POST", "/v1/lease/nobody/renew", JSON, b'{"colour":1}', 400, "invalid_request"),
+        ("GET", "/v1/lease/nobody", {}, b"", 404, "lease_unknown"),
+        ("GET", "/v1/lease", {}, b"", 405, "method_not_allowed"),
+        ("PUT", "/v1/lease/nobody", {}, b"", 405, "method_not_allowed"),
+        ("GET", "/nowhere", {}, b"", 404, "not_found"),
+        ("GET", "/v1/lease/", {}, b"", 404, "not_found"),
+        ("GET", "/v1/lease/a/b/c", {}, b"", 404, "not_found"),
+    ],
+)
+def test_garbage_gets_the_one_error_shape(
+    shared: RunningBroker, method: str, path: str, headers: dict[str, str], body: bytes, status: int, code: str
+) -> None:
+    with requests.Session() as plain:
+        answer = plain.request(method, shared.url + path, headers=headers, data=body, timeout=10)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["type"]) == (status, code, "gpumgr_error")
+    assert set(error) == {"code", "message", "type", "retryable", "details"}
+    assert answer.headers["x-should-retry"] == "false"
+    if status == 405:
+        assert answer.headers["Allow"]
+
+
+def test_a_chunked_body_is_limited_too(shared: RunningBroker) -> None:
+    pieces = (b" " * 1024 for _ in range(80))
+    answer = requests.post(f"{shared.url}/v1/lease", data=pieces, headers=JSON, timeout=10)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "payload_too_large")
+
+
+def test_releasing_nothing_is_no_error(shared: RunningBroker) -> None:
+    assert shared.release("nobody").json() == {"released": False, "reason": "unknown_or_expired"}
+
+
+def test_request_id_has_one_lease(broker: RunningBroker) -> None:
+    first = broker.acquire(kind="image", holder="imagen", request_id="r1").json()
+    assert broker.acquire(consumer="comfyui", holder="imagen", request_id="r1").json() == first
+    mismatch = broker.acquire(kind="llm", holder="imagen", request_id="r1")
+    assert (mismatch.status_code, mismatch.json()["error"]["code"]) == (409, "request_mismatch")
+    other = broker.acquire(kind="image", holder="somebody else", request_id="r1", wait_seconds=0)
+    assert other.json()["error"]["code"] == "scheduler_timeout"
+    assert "imagen holds comfyui" in other.json()["error"]["message"]
+    broker.release(first["token"])
+    ended = broker.acquire(kind="image", holder="imagen", request_id="r1")
+    assert (ended.status_code, ended.json()["error"]["code"]) == (409, "request_ended")
+    assert ended.json()["error"]["details"]["reason"] == "released"
+
+
+def test_status_has_what_the_contract_names(broker: RunningBroker, stage: Stage) -> None:
+    stage.warm("mvoice")
+    lease = broker.acquire(kind="llm", holder="chat").json()
+    found = broker.status()
+    assert list(found) == [
+        "version",
+        "started_at",
+        "now",
+        "when_unreadable",
+        "gpus",
+        "consumers",
+        "leases",
+        "queue",
+        "events",
+    ]
+    gpu = found["gpus"][0]
+    assert (gpu["total_mib"], gpu["used_mib"], gpu["free_mib"], gpu["promised_mib"]) == (24000, 3000, 21000, 9000)
+    assert [p["consumer"] for p in gpu["processes"]] == ["mvoice"]
+    by_name = {c["name"]: c for c in found["consumers"]}
+    assert by_name["ollama"]["in_use"] == "lease"
+    assert by_name["ollama"]["total_requests"] == 1
+    assert (by_name["mvoice"]["resident"], by_name["mvoice"]["held_mib"]) == (True, 3000)
+    assert by_name["comfyui"]["resident"] is False
+    assert found["leases"][0]["token"] == lease["token"]
+    assert found["now"].endswith("Z")
