@@ -341,13 +341,8 @@ class Broker:
         """Read the card for status; the seconds until the next look."""
         reading = self._probe.read()
         with self.state.lock:
-            before = self.state.reading.problems(self.state.catalog.gpus)
             self.state.note_reading(reading)
-            now = reading.problems(self.state.catalog.gpus)
             self._card_read.notify_all()
-        if now and now != before:
-            self.state.note("gpu_unreadable", None, problems=now)
-            log.warning("gpu_unreadable %s", "; ".join(now))
         return CARD_EACH_SECONDS
 
     def fresh_card(self, at_most_seconds: float) -> None:

@@ -6,6 +6,7 @@ wait, or decide what the core decides. Every method but the constructor is calle
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,8 @@ from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
 from gpumgr.errors import GpumgrError
 from gpumgr.runtime.ports import Clock
 from gpumgr.runtime.ticket import Ask, Ticket
+
+log = logging.getLogger(__name__)
 
 EVENTS_KEPT = 200
 
@@ -214,13 +217,23 @@ class State:
         """The newest reading is the one status shows; processes it names are recognised from now on."""
         if reading.read_at < self.reading.read_at:
             return
+        before, now = (r.problems(self.catalog.gpus) for r in (self.reading, reading))
         self.reading = reading
+        if now != before:
+            self._note_problems(now)
         if self.catalog.unresolved and reading.error is None:
             self.queue.catalog = self.catalog.resolved(reading)
         for gpu in reading.gpus:
             for process in gpu.processes:
                 if process.consumer in self.memory:
                     self.memory[process.consumer].recognised = True
+
+    def _note_problems(self, problems: list[str]) -> None:
+        if problems:
+            self.note("gpu_unreadable", None, problems=problems)
+            log.warning("gpu_unreadable %s", "; ".join(problems))
+        else:
+            log.info("gpu_readable")
 
     def note_victim(self, victim: Victim, reading: Reading) -> None:
         remembered = self.memory[victim.consumer]
