@@ -299,11 +299,12 @@ class Broker:
         facts = {"lease_id": lease.lease_id, "holder": lease.holder, "fence": lease.fence, "held_seconds": held}
         try:
             self.journal.ended(lease, self.state.note(event, lease.consumer, **facts))
-        finally:
-            with self.state.lock:
-                self.state.queue.leave(lease.seq)
-                self.state.note_used(lease.consumer)
-                self.state.advance()
+        except Exception:
+            log.exception("the end of a lease could not be written down lease_id=%s", lease.lease_id)
+        with self.state.lock:
+            self.state.queue.leave(lease.seq)
+            self.state.note_used(lease.consumer)
+            self.state.advance()
         log.info("%s consumer=%s %s", event, lease.consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
 
     def _refused(self, ticket: Ticket, error: GpumgrError) -> None:
@@ -311,6 +312,9 @@ class Broker:
             if ticket.outcome is None:
                 self._note_refusal(ticket, error)
                 self.state.settle(ticket, error)
+            # In the same breath: whoever reads the refusal and asks again must not meet its own old preparation.
+            self.state.queue.leave(ticket.seq)
+            self.state.advance()
 
     # -- threads --------------------------------------------------------------------------------------------
 

@@ -149,7 +149,8 @@ class Preparation:
                 self._ticket.step = "waiting for memory that holders still use"
                 state.wait_inside(self._ticket, WaitingFor.VRAM)
         elif isinstance(decision, Grant):
-            self._loaded = self._loaded or view.resident(self._target)
+            on_card = (view.held(self._target.name, gpu).resident for gpu in self._target.gpus)
+            self._loaded = self._loaded or all(on_card)
             if not self._must_load():
                 self._ticket.granting = True
                 state.queue.holds[self._ticket.seq].phase = Phase.GRANTING
