@@ -15,11 +15,13 @@ proc_name = "gpumgr"
 
 # One process holds the leases; a second worker would grant the same GPU again.
 workers = 1
-worker_class = "gthread"
+# gthread; this subclass of it does not look at every waiting request whenever any request ends.
+worker_class = "gpumgr.web.worker.LeaseWorker"
 # Waiters cost a thread each; threads - reserved_threads of them may wait, the rest answer renew, release and status.
 threads = settings.server.threads
-# Counts open connections, kept-alive ones too. At the limit gunicorn stops accepting, renews included.
-worker_connections = max(4096, 2 * threads)
+# Counts open connections, kept-alive ones too. At the limit gunicorn stops accepting, renews included; without a free
+# descriptor its worker dies, so that the limit stays below the process's own.
+worker_connections = min(max(4096, 2 * threads), server.raise_descriptor_limit() - 128)
 backlog = 2048
 
 # Not a request time-out (gthread beats from its main loop, whatever the requests do): it ends a stuck main loop.

@@ -15,6 +15,7 @@ import ctypes
 import logging
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -89,6 +90,16 @@ def _exit(sentence: str) -> None:
 def worker_settings() -> config.Settings:
     """What the master runs on, in its worker; the file itself where there is no master (``flask run``)."""
     return _running() if "settings" in _master else config.load()
+
+
+def raise_descriptor_limit() -> int:
+    """The soft limit of open files, raised as far as the hard one and 65536 allow: each waiter holds a socket."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return 65536 if soft == resource.RLIM_INFINITY else soft
 
 
 def die_with_master() -> None:
