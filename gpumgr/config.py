@@ -83,6 +83,28 @@ PREDECESSOR_KEYS = {
 }
 
 
+PREDECESSOR_WORDS = (
+    # what an unlisted key of such a file most likely meant: the word in it → our key, where that one exists
+    ("evict", "unload"),
+    ("unload", "unload"),
+    ("health", "health"),
+    ("busy", "busy"),
+    ("load", "load"),
+    ("vram", "vram_resident_mib"),
+    ("coexist", "can_coexist_with"),
+    ("process", "processes"),
+    ("gpu", "gpus"),
+    ("concurren", "max_concurrency"),
+    ("url", "url"),
+    ("ttl", "default_ttl_seconds"),
+    ("wait", "default_wait_seconds"),
+    ("headroom", "headroom_mib"),
+    ("timeout", "timeout_seconds"),
+    ("lease", "lease"),
+    ("gpu", "gpu"),
+)
+
+
 class ConfigError(Exception):
     """The start stops with this sentence: it names file, key and remedy."""
 
@@ -233,7 +255,12 @@ class _Section:
         if key in PREDECESSOR_KEYS:
             return f"it is now written {PREDECESSOR_KEYS[key]}"
         close = difflib.get_close_matches(key, self._known, 1)
-        return f"did you mean {close[0]}?" if close else f"here are allowed: {', '.join(sorted(self._known))}"
+        if close:
+            return f"did you mean {close[0]}?"
+        for word, ours in PREDECESSOR_WORDS:
+            if word in key.lower() and ours in self._known:
+                return f"it is now part of {ours}"
+        return f"here are allowed: {', '.join(sorted(self._known))}"
 
 
 def _shown(value: object) -> str:
@@ -249,7 +276,7 @@ def _text(where: str, value: Any) -> str:
 
 def _number(where: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{where} must be a finite number, not {_shown(value)}")
+        raise ConfigError(f"{where} must be a finite number such as 30, without a unit, not {_shown(value)}")
     return value
 
 
@@ -606,6 +633,12 @@ def _warnings(catalog: Catalog, settings: Mapping[str, ConsumerSettings]) -> Ite
             yield (
                 f"consumers.{name} has no unload call: once on the card it stays, and whoever may not coexist with it "
                 "is refused. Write unload: {path: …} if the service has one"
+            )
+        size, residual = min(catalog.consumers[name].vram_resident_mib), catalog.consumers[name].residual_mib
+        if 0 < size <= residual:
+            yield (
+                f"consumers.{name}.residual_mib ({residual}) is not below its vram_resident_mib ({size}): its unload "
+                "would count as proved before it gave anything back. Lower residual_mib"
             )
         if not catalog.kinds_of(name):
             yield f"consumers.{name} has no kind in routing: it can be leased by consumer only"

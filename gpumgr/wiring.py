@@ -33,7 +33,8 @@ def build_broker(settings: Settings) -> Broker:
 def build_probe(settings: Settings) -> Probe:
     if settings.gpu.probe == "simulated":
         owners = {port: name for name, port in _local_ports(settings).items()}
-        return SimulatedProbe(read_card_file(_card_file(settings)), owners)
+        indexes = sorted({ref for ref in settings.catalog.gpus if isinstance(ref, int)} | {0})
+        return SimulatedProbe(read_card_file(_card_file(settings), indexes=indexes), owners)
     ports = _local_ports(settings)
     claims = [Claim(name, c.processes, ports.get(name)) for name, c in settings.consumers.items()]
     return NvmlProbe(Ownership(claims, time.monotonic).owner)

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from gpumgr.core.card import GpuProcess, GpuReading, Reading
 
 
-def read_card_file(path: Path, default_total_mib: int = 24000) -> Callable[[], Mapping[str, object]]:
+def read_card_file(
+    path: Path, default_total_mib: int = 24000, indexes: Iterable[int] = (0,)
+) -> Callable[[], Mapping[str, object]]:
     """A source for ``SimulatedProbe``: the file that a simulated card writes.
 
-    Before that file exists the card is one GPU that nobody uses, so that the broker may be started first.
+    Before that file exists the card is one unused GPU for each of ``indexes``, so that the broker may be started
+    first, or without any simulation beside it.
     """
-    empty: dict[str, object] = {
-        "gpus": [{"index": 0, "uuid": None, "name": "Simulated GPU", "total_mib": default_total_mib, "processes": []}]
-    }
+    bare: dict[str, object] = {"uuid": None, "name": "Simulated GPU", "total_mib": default_total_mib, "processes": []}
+    empty: dict[str, object] = {"gpus": [{"index": index, **bare} for index in indexes]}
 
     def read() -> Mapping[str, object]:
         try:

@@ -119,9 +119,10 @@ class Unload:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Not now: look again when somebody ends, or the card changes."""
+    """Not now: look again when somebody ends, or the card changes. ``short_mib``: what is missing now."""
 
     reason: Literal["vram", "preparing"]
+    short_mib: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,7 @@ def _make_room(target: Consumer, view: View) -> Decision:
         if name not in failed:
             return Unload((name,), required=False)
     if would_fit_later(target, view):  # 7
-        return Wait("vram")
+        return Wait("vram", shortfall_mib(target, view))
     return _before_refusing(target, view) or Refuse(kept_or_insufficient(target, view))
 
 

@@ -226,8 +226,9 @@ class Broker:
         holders = [self._holder_facts(hold) for hold in holds]
         ahead = self.state.queue.ahead(ticket.entry)
         said = "; ".join(_holder_words(facts) for facts in holders) or f"{ahead} requests are ahead of it"
+        why = f"waiting for {reason}" if ticket.waiting_for is None else ticket.step
         return SchedulerTimeout(
-            f"no turn for {ticket.consumer.name} within {self._waited(ticket):g} s (waiting for {reason}): {said}. "
+            f"{ticket.consumer.name} was not granted within {self._waited(ticket):g} s ({why}): {said}. "
             "Ask again, or with a longer wait_seconds",
             consumer=ticket.consumer.name,
             waiting_for=reason,

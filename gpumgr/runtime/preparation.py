@@ -146,7 +146,7 @@ class Preparation:
             self._ticket.step = f"unloading {', '.join(decision.consumers)}"
         elif isinstance(decision, Wait):
             if decision.reason == "vram":
-                self._ticket.step = "waiting for memory that holders still use"
+                self._ticket.step = f"waiting for {decision.short_mib} MiB that holders use or were promised"
                 state.wait_inside(self._ticket, WaitingFor.VRAM)
         elif isinstance(decision, Grant):
             on_card = (view.held(self._target.name, gpu).resident for gpu in self._target.gpus)

@@ -217,9 +217,10 @@ class State:
         """The newest reading is the one status shows; processes it names are recognised from now on."""
         if reading.read_at < self.reading.read_at:
             return
+        first = self.reading.read_at == float("-inf")
         before, now = (r.problems(self.catalog.gpus) for r in (self.reading, reading))
         self.reading = reading
-        if now != before:
+        if now != before and (now or not first):
             self._note_problems(now)
         if self.catalog.unresolved and reading.error is None:
             self.queue.catalog = self.catalog.resolved(reading)
