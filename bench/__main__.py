@@ -1,0 +1,44 @@
+"""``python -m bench``: all figures; ``python -m bench handover renew``: some. Writes ``bench/results/``.
+
+A bar that is missed is told in the table and is no failure: this machine may be busy with something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+from bench import handover, handover_eviction, idle, renew, waiters, window
+from bench.figure import Figure, keep, table
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "handover": handover.run,
+    "handover_eviction": handover_eviction.run,
+    "renew": renew.run,
+    "waiters": waiters.run,
+    "idle": idle.run,
+    "window": window.run,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure gpumgr against its bars.")
+    parser.add_argument("figure", nargs="*", help=f"of {', '.join(FIGURES)}; default: all")
+    chosen = parser.parse_args().figure or list(FIGURES)
+    for unknown in set(chosen) - set(FIGURES):
+        parser.error(f"there is no figure {unknown}; there are {', '.join(FIGURES)}")
+    figures = []
+    for name in chosen:
+        print(f"{name} ...", end=" ", flush=True)
+        start = time.monotonic()
+        figures.append(FIGURES[name]())
+        keep(figures[-1])
+        print(f"{time.monotonic() - start:.0f} s", flush=True)
+    print(f"\n{table(figures)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
