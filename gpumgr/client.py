@@ -30,6 +30,12 @@ DEFAULT_URL = "http://127.0.0.1:8770"
 CALL_SECONDS = 10.0
 LONGEST_ANSWER_SECONDS = 1500.0
 RETRY_SECONDS = 1.0
+BROKEN_CONNECTION = (
+    requests.ConnectionError,
+    requests.exceptions.ChunkedEncodingError,
+    requests.exceptions.ContentDecodingError,
+)
+"""Before an answer, or in the middle of one. A read that times out is none of them: asking again would take as long."""
 
 
 class LeaseLost(Exception):
@@ -119,6 +125,7 @@ class HeldLease:
         Raises: BrokerUnreachable; the lease then ends by itself at its TTL.
         """
         self._ended.set()
+        self._lost = self._lost or "it was released"
         if self._thread is not None:
             self._thread.join(CALL_SECONDS)
             self._thread = None
@@ -130,8 +137,8 @@ class HeldLease:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
             self.release()
-        except BrokerUnreachable:
-            if kind is None:
+        except (BrokerUnreachable, GpumgrError):
+            if kind is None:  # else the block's own exception is the one to tell
                 raise
 
 
@@ -181,7 +188,7 @@ class Gpu:
         """One call of the API; every call of it may be sent twice. Raises: as ``acquire``."""
         try:
             answer = self._send(method, path, json, seconds)
-        except requests.ConnectionError:
+        except BROKEN_CONNECTION:
             answer = self._again(method, path, json, seconds)
         except requests.RequestException as error:
             raise BrokerUnreachable(f"{self.url}: {type(error).__name__}") from None

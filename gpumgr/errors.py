@@ -40,12 +40,12 @@ from typing import Any, ClassVar
 class GpumgrError(Exception):
     """The root. ``details`` is JSON-ready; its keys carry their units."""
 
-    code: ClassVar[str] = "gpumgr_error"
-    status: ClassVar[int] = 500
-    retryable: ClassVar[bool] = False
+    code: str = "gpumgr_error"
+    status: int = 500
+    retryable: bool = False
     retry_after_seconds: ClassVar[int] = 1
 
-    def __init__(self, message: str, **details: Any) -> None:
+    def __init__(self, message: str, /, **details: Any) -> None:
         super().__init__(message)
         self.message = message
         self.details: dict[str, Any] = details
@@ -181,6 +181,10 @@ def from_wire(body: object) -> GpumgrError | None:
     error = body.get("error") if isinstance(body, Mapping) else None
     if not isinstance(error, Mapping) or error.get("type") != "gpumgr_error":
         return None
-    cls = by_code().get(str(error.get("code")), GpumgrError)
+    code = str(error.get("code"))
     details = error.get("details")
-    return cls(str(error.get("message", "")), **(dict(details) if isinstance(details, Mapping) else {}))
+    found = by_code().get(code, GpumgrError)(str(error.get("message", "")))
+    found.details = dict(details) if isinstance(details, Mapping) else {}
+    if type(found) is GpumgrError:  # a newer broker's
+        found.code, found.retryable = code, error.get("retryable") is True
+    return found

@@ -35,6 +35,7 @@ class FileLock:
     def take(self, wait_seconds: float = 0.0) -> None:
         """Raises: LockHeldError after ``wait_seconds``, OSError where the file cannot be made."""
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.fchmod(fd, 0o600)  # it may have been there with other rights
         until = time.monotonic() + wait_seconds
         while not _locked(fd):
             if time.monotonic() >= until:

@@ -66,7 +66,9 @@ class Catalog:
         return [kind for kind, name in self.routing.items() if name == consumer]
 
     def share_gpu(self, a: str, b: str) -> bool:
-        return not set(self.consumers[a].gpus).isdisjoint(self.consumers[b].gpus)
+        """Also where it cannot be told yet: a UUID that is not resolved may be the card of any index."""
+        ours, theirs = set(self.consumers[a].gpus), set(self.consumers[b].gpus)
+        return not ours.isdisjoint(theirs) or _mixed(ours, theirs) or _mixed(theirs, ours)
 
     def may_coexist(self, a: str, b: str) -> bool:
         """Whether both may have memory on one GPU at a time. A consumer coexists with itself."""
@@ -98,6 +100,10 @@ class Catalog:
             for name, c in self.consumers.items()
         }
         return replace(self, consumers=consumers)
+
+
+def _mixed(some: set[GpuRef], others: set[GpuRef]) -> bool:
+    return any(isinstance(ref, str) for ref in some) and any(isinstance(ref, int) for ref in others)
 
 
 def _names(names: Iterable[str]) -> str:

@@ -121,6 +121,7 @@ class LeaseBook:
         del self._live[lease.token]
         if lease.request is not None:
             del self._by_request[lease.request]
+            self._ended.pop(lease.request, None)  # an id used again after a day goes to the end of the line
             self._ended[lease.request] = _Ended(lease.consumer, reason, now)
         self._forget_old(now)
 

@@ -7,8 +7,10 @@ Must not: unload, probe, wait or know a clock.
 
 1. A GPU that cannot be read: refuse (``gpu_unreadable``). No reading, no proof, no grant.
 2. A need above ``total - headroom``: refuse at once, unloading nobody.
-3. Consumers that may not coexist with the target and are resident: unload them, all at once.
-4. One of them kept its memory: refuse, whether or not the target would fit beside it.
+3. Consumers that may not coexist with the target and are resident: unload them, all at once. One that is in use
+   is waited for: what is in use is never unloaded.
+4. One of them kept its memory: refuse, whether or not the target would fit beside it. Only the driver can take that
+   back: the consumer's own word that it is gone is what its unload has just disproved.
 5. It fits: grant.
 6. It does not: unload the least recently used idle resident, one at a time.
 7. Nobody idle is left, but it would fit once the consumers in use are done: wait.
@@ -121,7 +123,7 @@ class Unload:
 class Wait:
     """Not now: look again when somebody ends, or the card changes. ``short_mib``: what is missing now."""
 
-    reason: Literal["vram", "preparing"]
+    reason: Literal["vram", "preparing", "draining"]
     short_mib: int = 0
 
 
@@ -143,12 +145,12 @@ def decide(target: Consumer, view: View) -> Decision:
     excluded = _excluded_residents(target, view)
     if any(name in view.leaving for name in excluded):
         return Wait("preparing")  # somebody else is unloading it right now: look at what comes of that
-    failed = view.failed()
-    to_go = tuple(name for name in excluded if name not in failed)
-    if any(name in failed for name in excluded):  # 4
+    if any(name in view.failed() for name in excluded):  # 4
         return _before_refusing(target, view) or Refuse(kept_or_insufficient(target, view))
-    if to_go:  # 3
-        return Unload(to_go, required=True)
+    if any(name in view.in_use for name in excluded):  # 3
+        return Wait("draining")
+    if excluded:
+        return Unload(tuple(excluded), required=True)
     if shortfall_mib(target, view) <= 0:  # 5
         return Grant()
     return _make_room(target, view)
@@ -186,8 +188,14 @@ def _excluded_residents(target: Consumer, view: View) -> list[str]:
     return [
         other.name
         for other in _others(target, view)
-        if view.resident(other) and not view.catalog.may_coexist(target.name, other.name)
+        if (view.resident(other) or _kept(other, view)) and not view.catalog.may_coexist(target.name, other.name)
     ]
+
+
+def _kept(other: Consumer, view: View) -> bool:
+    """4: its unload failed, and the driver does not say that it has nothing any more."""
+    gone = all(h.exact and h.resident is False for h in (view.held(other.name, gpu) for gpu in other.gpus))
+    return other.name in view.failed() and not gone
 
 
 def _idle_residents(target: Consumer, view: View) -> list[str]:
@@ -303,21 +311,28 @@ def kept_or_insufficient(target: Consumer, view: View) -> Refused:
 
 
 def _still_held_mib(target: Consumer, view: View, kept: Sequence[Victim]) -> int:
-    worst = _worst_gpu(target, view)
-    return sum(max(view.held(v.consumer, worst).held_mib, 0) for v in kept)
+    """What these hold on the GPU to blame: the driver's number, else what was left when their unload was given up."""
+    worst = _to_blame(target, view)
+    held = [(victim, view.held(victim.consumer, worst)) for victim in kept]
+    return sum(now.held_mib if now.exact else max(now.held_mib, victim.still_held_mib) for victim, now in held)
 
 
 def _shortfall_without_others(target: Consumer, view: View) -> int:
     """What is missing even if everyone in use, and the idle residents that nobody asked yet, were gone."""
-    worst = _worst_gpu(target, view)
+    worst = _to_blame(target, view)
     tried = {victim.consumer for victim in view.tried}
     idle = [name for name in _idle_residents(target, view) if name not in tried]
     gone = sum(view.held(name, worst).held_mib for name in idle) + _freed_by_holders(target, view, worst)
     return _shortfall_on(target, view, worst) - gone
 
 
-def _worst_gpu(target: Consumer, view: View) -> GpuRef:
-    return max(target.gpus, key=lambda gpu: _shortfall_on(target, view, gpu))
+def _to_blame(target: Consumer, view: View) -> GpuRef:
+    """The GPU that a refusal is about: of those it could never fit, the one that lacks most; else the one that would
+    still be short once everyone in use has ended."""
+    never = [gpu for gpu in target.gpus if target.needs_mib(gpu) > _gpu(view, gpu).total_mib - view.headroom_mib]
+    if never:
+        return max(never, key=lambda gpu: target.needs_mib(gpu) - _gpu(view, gpu).total_mib)
+    return max(target.gpus, key=lambda gpu: _shortfall_on(target, view, gpu) - _freed_by_holders(target, view, gpu))
 
 
 def eviction_failed(target: Consumer, view: View, kept: Sequence[Victim]) -> EvictionFailed:
@@ -354,7 +369,7 @@ def _evicted(view: View) -> list[str]:
 
 def insufficient(target: Consumer, view: View) -> InsufficientVram:
     """The refusal with its numbers, of the GPU that is shortest."""
-    worst = _worst_gpu(target, view)
+    worst = _to_blame(target, view)
     gpu = _gpu(view, worst)
     needed = target.needs_mib(worst)
     strangers = sorted(gpu.untracked, key=lambda p: -(p.used_mib or 0))
@@ -403,13 +418,17 @@ def given_back(
     """Whether an unload is proved, on every GPU of the victim.
 
     Where the driver names its processes (``now`` has a number): they hold at most ``residual_mib``. Where not:
-    free memory rose by at least 90 % of what the victim was known to hold.
+    free memory rose by at least 90 % of what the victim was known to hold, or by all of it but ``residual_mib``,
+    which a small consumer's context may be more than a tenth of.
     """
     for gpu in victim.gpus:
         held = now.get(gpu)
         if held is not None and before[gpu].exact:
             if held > victim.residual_mib:
                 return False
-        elif risen_mib.get(gpu, 0) < 0.9 * before[gpu].held_mib:
-            return False
+        else:
+            known = before[gpu].held_mib
+            enough = min(0.9 * known, known - victim.residual_mib) if known > victim.residual_mib else 0.9 * known
+            if risen_mib.get(gpu, 0) < enough:
+                return False
     return True

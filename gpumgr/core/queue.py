@@ -133,12 +133,18 @@ class Queue:
                     del self._line[consumer]
                 return
 
+    def resolve(self, catalog: Catalog) -> None:
+        """The same consumers, with GPUs that are now known by their index."""
+        self.catalog = catalog
+        for hold in self._holds.values():
+            hold.gpus = catalog.consumers[hold.consumer].gpus
+
     def begin(self) -> list[Hold]:
         """Move every request that has its turn from the line to the holders, as ``preparing``."""
         begun = []
         slots = self._slots()
         for entry in self._policy.turns(self._line, self._holds.values(), self.catalog):
-            gpus = set(self.catalog.consumers[entry.consumer].gpus)
+            gpus = self._slots_of(entry.consumer)
             free = slots.isdisjoint(gpus)
             slots |= gpus  # 5: also where it must wait, so that nobody behind it goes first
             if free and entry.consumer not in self._unloading:  # 4
@@ -152,7 +158,12 @@ class Queue:
         return hold
 
     def _slots(self) -> set[GpuRef]:
-        return {gpu for hold in self._holds.values() if hold.phase is Phase.PREPARING for gpu in hold.gpus}
+        preparing = (hold.consumer for hold in self._holds.values() if hold.phase is Phase.PREPARING)
+        return {slot for consumer in preparing for slot in self._slots_of(consumer)}
+
+    def _slots_of(self, consumer: str) -> set[GpuRef]:
+        """5: its GPUs; while one name of a GPU is not resolved any two may be one card: one slot for all."""
+        return {"any"} if self.catalog.unresolved else set(self.catalog.consumers[consumer].gpus)
 
     # -- out of service -----------------------------------------------------------------------------------
 
@@ -213,10 +224,14 @@ class Queue:
         return sum(1 for _ in self._ahead_of(entry))
 
     def blockers(self, consumer: Consumer) -> list[Hold]:
-        """The holders that a request for this consumer conflicts with, oldest first."""
+        """The holders that a request for this consumer waits for, oldest first: those it conflicts with, and those
+        that are being prepared on a GPU of its own."""
         full = len(self.holds_of(consumer.name)) >= consumer.max_concurrency
+        slots = self._slots_of(consumer.name)
         return [
             hold
             for hold in self._holds.values()
-            if (hold.consumer == consumer.name and full) or self.catalog.exclude(consumer.name, hold.consumer)
+            if (hold.consumer == consumer.name and full)
+            or self.catalog.exclude(consumer.name, hold.consumer)
+            or (hold.phase is Phase.PREPARING and not slots.isdisjoint(self._slots_of(hold.consumer)))
         ]

@@ -14,24 +14,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any
 
 from gpumgr import __version__
 from gpumgr.config import Settings
 from gpumgr.core.catalog import Consumer
 from gpumgr.core.lease import EndReason, Lease, require_same
 from gpumgr.core.placement import View, impossible, insufficient
-from gpumgr.core.queue import Fifo, Hold, Phase
-from gpumgr.errors import (
-    GpumgrError,
-    LeaseUnknown,
-    PrepareTimeout,
-    SchedulerTimeout,
-    ShuttingDown,
-)
+from gpumgr.core.queue import Fifo, Phase
+from gpumgr.errors import GpumgrError, LeaseUnknown, ShuttingDown
 from gpumgr.runtime.evictor import Evictor
 from gpumgr.runtime.ports import BackendError, Clock, Dialect, Journal, Probe
 from gpumgr.runtime.preparation import Preparation, World
+from gpumgr.runtime.refusals import prepare_timeout, scheduler_timeout
 from gpumgr.runtime.state import State
 from gpumgr.runtime.ticket import Ask, Ticket
 from gpumgr.runtime.watchdog import Rounds
@@ -171,7 +165,7 @@ class Broker:
             self.state.note("refuse", consumer.name, holder=ask.holder, code=refusal.code, waited_seconds=0.0)
             raise refusal
         ticket = self.state.enter(ask, consumer, now, deadline)
-        self.state.advance()
+        self.state.advance(now)
         return ticket
 
     def _await(self, ticket: Ticket, deadline: float) -> Lease:
@@ -192,62 +186,12 @@ class Broker:
 
     def _give_up(self, ticket: Ticket) -> GpumgrError:
         """This caller's time is over. The request goes with its last caller."""
-        error = self._prepare_timeout(ticket) if ticket.preparing else self._scheduler_timeout(ticket)
+        make = prepare_timeout if ticket.preparing else scheduler_timeout
+        error = make(self.state, ticket)
         if ticket.callers == 1:
-            self.state.settle(ticket, error)
+            self.state.refuse(ticket, error)
             self.state.advance()
-            self._note_refusal(ticket, error)
         return error
-
-    def _note_refusal(self, ticket: Ticket, error: GpumgrError) -> None:
-        facts = {"holder": ticket.holder, "code": error.code, "waited_seconds": self._waited(ticket)}
-        self.state.note("refuse", ticket.consumer.name, **facts)
-        log.info("refuse consumer=%s holder=%s code=%s: %s", ticket.consumer.name, ticket.holder, error.code, error)
-
-    def _waited(self, ticket: Ticket) -> float:
-        return round(self.clock.monotonic() - ticket.entered_at, 3)
-
-    def _prepare_timeout(self, ticket: Ticket) -> PrepareTimeout:
-        return PrepareTimeout(
-            f"preparing the GPU for {ticket.consumer.name} took longer than "
-            f"{self.settings.lease.max_prepare_seconds:g} s; it was {ticket.step}",
-            consumer=ticket.consumer.name,
-            step=ticket.step,
-            waited_seconds=self._waited(ticket),
-        )
-
-    def _scheduler_timeout(self, ticket: Ticket) -> SchedulerTimeout:
-        reason = ticket.waiting_for or self.state.queue.why(ticket.entry)
-        if ticket.waiting_for is None:
-            holds = self.state.queue.blockers(ticket.consumer)
-        else:
-            shared = set(ticket.consumer.gpus)
-            holds = [h for h in self.state.queue.holds.values() if h.seq != ticket.seq and shared & set(h.gpus)]
-        holders = [self._holder_facts(hold) for hold in holds]
-        ahead = self.state.queue.ahead(ticket.entry)
-        said = "; ".join(_holder_words(facts) for facts in holders) or f"{ahead} requests are ahead of it"
-        why = f"waiting for {reason}" if ticket.waiting_for is None else ticket.step
-        return SchedulerTimeout(
-            f"{ticket.consumer.name} was not granted within {self._waited(ticket):g} s ({why}): {said}. "
-            "Ask again, or with a longer wait_seconds",
-            consumer=ticket.consumer.name,
-            waiting_for=reason,
-            waited_seconds=self._waited(ticket),
-            ahead=ahead,
-            holders=holders,
-        )
-
-    def _holder_facts(self, hold: Hold) -> dict[str, Any]:
-        facts: dict[str, Any] = {"consumer": hold.consumer, "phase": hold.phase.value}
-        lease = next((lease for lease in self.state.leases if lease.seq == hold.seq), None)
-        if lease is not None:
-            facts |= {
-                "lease_id": lease.lease_id,
-                "holder": lease.holder,
-                "held_seconds": round(self.clock.monotonic() - lease.granted_at, 3),
-                "expires_at": self.state.shown(lease.expires_at),
-            }
-        return facts
 
     # -- a lease's life -------------------------------------------------------------------------------------
 
@@ -296,8 +240,12 @@ class Broker:
         self.state.queue.holds[lease.seq].phase = Phase.ENDING
 
     def _finish_end(self, lease: Lease, event: str) -> None:
-        held = round(self.clock.monotonic() - lease.granted_at, 3)
-        facts = {"lease_id": lease.lease_id, "holder": lease.holder, "fence": lease.fence, "held_seconds": held}
+        facts = {
+            "lease_id": lease.lease_id,
+            "holder": lease.holder,
+            "fence": lease.fence,
+            "held_seconds": self.state.held(lease),
+        }
         try:
             self.journal.ended(lease, self.state.note(event, lease.consumer, **facts))
         except Exception:
@@ -310,12 +258,9 @@ class Broker:
 
     def _refused(self, ticket: Ticket, error: GpumgrError) -> None:
         with self.state.lock:
-            if ticket.outcome is None:
-                self._note_refusal(ticket, error)
-                self.state.settle(ticket, error)
+            self.state.refuse(ticket, error)
             # In the same breath: whoever reads the refusal and asks again must not meet its own old preparation.
-            self.state.queue.leave(ticket.seq)
-            self.state.advance()
+            self.state.abandon(ticket)
 
     # -- threads --------------------------------------------------------------------------------------------
 
@@ -387,13 +332,3 @@ class Broker:
 
 def _shutting_down() -> ShuttingDown:
     return ShuttingDown("the broker is shutting down; ask again in a moment")
-
-
-def _holder_words(facts: Mapping[str, Any]) -> str:
-    if "lease_id" not in facts:
-        return f"{facts['consumer']} is {facts['phase']}"
-    who = facts["holder"] or "an unnamed holder"
-    return (
-        f"{who} holds {facts['consumer']} since {facts['held_seconds']:g} s "
-        f"(lease {facts['lease_id']}, until {facts['expires_at']} unless renewed)"
-    )

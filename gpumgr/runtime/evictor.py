@@ -8,7 +8,9 @@ Owns: the unload calls and the proof. Must not: choose victims or hold the broke
     +1 s …    a dialect that loses calls, or a call that failed, is asked again each second
     limit     whoever has not given back is a failed victim, with the reason
 
-A 200 proves nothing: only the card does.
+A 200 proves nothing: only the card does. And where the card has nothing to show (nobody knows what the victim held,
+or it held no more than its residual from the start), an unload call that was answered is asked for besides: a
+model that is just being loaded looks as small as one that is gone.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class _Unload:
     started_at: float
     asked_at: float = 0.0
     calling: bool = False
+    answered: bool = False
     error: BackendReason | None = None
     proved_at: float | None = None
     done_at: float | None = None
@@ -51,7 +54,19 @@ class _Unload:
 
     @property
     def limit(self) -> float:
+        if not self.dialect.can_unload:
+            return self.started_at  # nobody was asked: there is nothing to wait for
         return self.started_at + self.consumer.unload_timeout_seconds
+
+    @property
+    def shows(self) -> bool:
+        """Whether the card can tell this unload: memory that has to fall."""
+        return any(holding.held_mib > self.consumer.residual_mib for holding in self.before.values())
+
+    @property
+    def absent(self) -> bool:
+        """Nobody listens where nothing is known: a service that does not run holds nothing."""
+        return self.error == "unreachable" and not any(holding.held_mib for holding in self.before.values())
 
     @property
     def held_mib(self) -> int:
@@ -107,6 +122,7 @@ class Evictor:
             log.warning("unload call failed consumer=%s reason=%s: %s", unload.consumer.name, error.reason, error)
         else:
             unload.error = None
+            unload.answered = True
         finally:
             unload.calling = False
 
@@ -139,6 +155,8 @@ class Evictor:
         risen = {gpu: free[gpu] - unload.free_before.get(gpu, 0) for gpu in unload.consumer.gpus}
         unload.still = {gpu: _still(unload.before[gpu], held[gpu], risen[gpu]) for gpu in held}
         if not given_back(unload.consumer, unload.before, held, risen):
+            return False
+        if not (unload.shows or unload.answered or unload.absent):
             return False
         unload.proved_at = now if unload.proved_at is None else unload.proved_at
         gone = {gpu: unload.before[gpu].held_mib - unload.still[gpu] for gpu in held}

@@ -29,6 +29,7 @@ from gpumgr.core.queue import Phase, WaitingFor
 from gpumgr.errors import ConsumerUnhealthy, GpumgrError, InternalError
 from gpumgr.runtime.evictor import Evictor
 from gpumgr.runtime.ports import BackendError, Clock, Dialect, Journal, Probe
+from gpumgr.runtime.refusals import scheduler_timeout
 from gpumgr.runtime.state import State
 from gpumgr.runtime.ticket import Ticket
 
@@ -101,12 +102,8 @@ class Preparation:
         return outcome
 
     def _leave(self) -> None:
-        """Not granted: the turn is free for the next one."""
         with self._state.lock:
-            hold = self._state.queue.holds.get(self._ticket.seq)
-            if hold is not None and hold.phase in (Phase.PREPARING, Phase.GRANTING):
-                self._state.queue.leave(self._ticket.seq)
-                self._state.advance()
+            self._state.abandon(self._ticket)
 
     def _step(self) -> Step:
         if not self._served and not self._dialect.load_starts_service:
@@ -134,6 +131,8 @@ class Preparation:
     def _decide(self, reading: Reading, reports: Mapping[str, Report]) -> Decision:
         """3, with the lock held: what follows from the decision begins before the lock is put down."""
         state = self._state
+        if self._ticket.waiting_for is not None and self._world.clock.monotonic() >= self._ticket.deadline:
+            raise scheduler_timeout(state, self._ticket)
         state.note_reading(reading)
         self._seen = state.changes
         view = state.view(self._ticket, reading, reports)
@@ -145,9 +144,7 @@ class Preparation:
                 state.queue.take_out(name)
             self._ticket.step = f"unloading {', '.join(decision.consumers)}"
         elif isinstance(decision, Wait):
-            if decision.reason == "vram":
-                self._ticket.step = f"waiting for {decision.short_mib} MiB that holders use or were promised"
-                state.wait_inside(self._ticket, WaitingFor.VRAM)
+            self._wait_inside(decision)
         elif isinstance(decision, Grant):
             on_card = (view.held(self._target.name, gpu).resident for gpu in self._target.gpus)
             self._loaded = self._loaded or all(on_card)
@@ -155,6 +152,16 @@ class Preparation:
                 self._ticket.granting = True
                 state.queue.holds[self._ticket.seq].phase = Phase.GRANTING
         return decision
+
+    def _wait_inside(self, decision: Wait) -> None:
+        if decision.reason == "vram":
+            self._ticket.step = f"waiting for {decision.short_mib} MiB that holders use or were promised"
+            self._state.wait_inside(self._ticket, WaitingFor.VRAM)
+        elif decision.reason == "draining":
+            self._ticket.step = "waiting for work that must end before its memory is taken"
+            self._state.wait_inside(self._ticket, WaitingFor.DRAINING)
+        else:
+            self._ticket.step = "waiting for an unload that another preparation began"
 
     def _require_wanted(self) -> None:
         if self._ticket.outcome is not None:
@@ -275,6 +282,7 @@ class Preparation:
         state, ticket, world = self._state, self._ticket, self._world
         with state.lock:
             fence = state.leases.next_fence()
+            now = world.clock.monotonic()
             gpus = [state.reading.gpu(ref) for ref in self._target.gpus]
             lease = Lease(
                 lease_id=secrets.token_hex(5),
@@ -287,13 +295,13 @@ class Preparation:
                 gpu_uuids=tuple(gpu.uuid if gpu is not None else None for gpu in gpus),
                 seq=ticket.seq,
                 fence=fence,
-                granted_at=0.0,
+                granted_at=now,
                 ttl_seconds=ticket.ttl_seconds,
-                expires_at=0.0,
+                expires_at=now + ticket.ttl_seconds,
                 request=ticket.request,
             )
-            waited = world.clock.monotonic() - ticket.entered_at
-        facts = {"lease_id": lease.lease_id, "holder": lease.holder, "fence": fence, "waited_seconds": round(waited, 3)}
+            waited = state.waited(ticket)
+        facts = {"lease_id": lease.lease_id, "holder": lease.holder, "fence": fence, "waited_seconds": waited}
         world.journal.granted(lease, state.note("grant", lease.consumer, **facts))
         with state.lock:
             live = state.leases.publish(lease, world.clock.monotonic())

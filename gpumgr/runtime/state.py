@@ -22,6 +22,7 @@ from gpumgr.core.placement import Holding, Report, Victim, View, assess, promise
 from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
 from gpumgr.errors import GpumgrError
 from gpumgr.runtime.ports import Clock
+from gpumgr.runtime.refusals import scheduler_timeout
 from gpumgr.runtime.ticket import Ask, Ticket
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,22 @@ class State:
             self.by_request[ask.request] = ticket
         return ticket
 
+    def refuse(self, ticket: Ticket, error: GpumgrError) -> None:
+        """Settle with an error that status and the log tell of; nothing where the ticket has its answer already."""
+        if ticket.outcome is not None:
+            return
+        self.settle(ticket, error)
+        facts = {"holder": ticket.holder, "code": error.code, "waited_seconds": self.waited(ticket)}
+        self.note("refuse", ticket.consumer.name, **facts)
+        log.info("refuse consumer=%s holder=%s code=%s: %s", ticket.consumer.name, ticket.holder, error.code, error)
+
+    def abandon(self, ticket: Ticket) -> None:
+        """Its preparation is over without a grant: the turn is free for the next one."""
+        hold = self.queue.holds.get(ticket.seq)
+        if hold is not None and hold.phase in (Phase.PREPARING, Phase.GRANTING):
+            self.queue.leave(ticket.seq)
+            self.advance()
+
     def settle(self, ticket: Ticket, outcome: Lease | GpumgrError) -> None:
         """The ticket has its answer: its callers wake. A granted one keeps its hold, any other leaves.
 
@@ -119,19 +136,33 @@ class State:
         if ticket.request is not None and self.by_request.get(ticket.request) is ticket:
             del self.by_request[ticket.request]
 
-    def advance(self) -> None:
-        """Somebody came or went: whoever has the turn now begins its preparation."""
-        now = self._clock.monotonic()
-        for hold in self.queue.begin():
-            ticket = self.tickets[hold.seq]
-            ticket.prepare_limit = now + self._lease.max_prepare_seconds
-            ticket.step = "waiting for a preparation thread"
-            self.begun.append(ticket)
-            self.work.notify()
+    def advance(self, now: float | None = None) -> None:
+        """Somebody came or went: whoever has the turn now begins its preparation.
+
+        A turn that comes after the deadline is nobody's, also where the caller's thread did not get to say so yet.
+        ``now`` is the caller's where it matters that no time has passed: with ``wait_seconds: 0``.
+        """
+        now = self._clock.monotonic() if now is None else now
+        while begun := self.queue.begin():
+            late = [ticket for hold in begun if not self._begin(ticket := self.tickets[hold.seq], now)]
+            for ticket in late:
+                self.refuse(ticket, scheduler_timeout(self, ticket))
+                self.queue.leave(ticket.seq)
+            if not late:
+                break
         self.changes += 1
         for hold in self.queue.holds.values():
             if hold.phase is Phase.PREPARING and hold.seq in self.tickets:
                 self.tickets[hold.seq].stirred.notify_all()
+
+    def _begin(self, ticket: Ticket, now: float) -> bool:
+        if now >= ticket.deadline and now != ticket.entered_at:
+            return False
+        ticket.prepare_limit = now + self._lease.max_prepare_seconds
+        ticket.step = "waiting for a preparation thread"
+        self.begun.append(ticket)
+        self.work.notify()
+        return True
 
     def prepare_anew(self, ticket: Ticket) -> None:
         """Its wait inside the preparation is over: the preparation's own limit counts again."""
@@ -223,7 +254,7 @@ class State:
         if now != before and (now or not first):
             self._note_problems(now)
         if self.catalog.unresolved and reading.error is None:
-            self.queue.catalog = self.catalog.resolved(reading)
+            self.queue.resolve(self.catalog.resolved(reading))
         for gpu in reading.gpus:
             for process in gpu.processes:
                 if process.consumer in self.memory:
@@ -266,6 +297,14 @@ class State:
     def shown(self, instant: float) -> str:
         """A monotonic instant as RFC 3339 UTC with milliseconds."""
         return rfc3339(self._clock.utc() + timedelta(seconds=instant - self._clock.monotonic()))
+
+    def waited(self, ticket: Ticket) -> float:
+        """Seconds since it came, to the millisecond."""
+        return round(self._clock.monotonic() - ticket.entered_at, 3)
+
+    def held(self, lease: Lease) -> float:
+        """Seconds since its grant, to the millisecond."""
+        return round(self._clock.monotonic() - lease.granted_at, 3)
 
     def note(self, event: str, consumer: str | None, **facts: Any) -> dict[str, Any]:
         """Remember an event for status. The one method that needs no lock: appending to a deque is atomic."""

@@ -22,7 +22,7 @@ CONTEXT_MIB = 768
 
 class ComfyUI(Http):
     ask_again_seconds: float | None = 1.0
-    health_default: ClassVar[Call] = Call(path="/system_stats")
+    health_default: ClassVar[str | None] = "/system_stats"
 
     @property
     def can_unload(self) -> bool:
@@ -37,7 +37,7 @@ class ComfyUI(Http):
         queue = self._json("/queue", timeout_seconds=REPORT_SECONDS)
         try:
             return bool(queue["queue_running"] or queue["queue_pending"])
-        except (KeyError, TypeError):
+        except (LookupError, TypeError):
             raise BackendError("failed", "GET /queue: its answer has no queue_running and queue_pending") from None
 
     def loaded(self) -> LoadedReport | None:
@@ -46,6 +46,6 @@ class ComfyUI(Http):
         stats = self._json("/system_stats", timeout_seconds=REPORT_SECONDS)
         try:
             reserved_mib = int(stats["devices"][0]["torch_vram_total"]) // 2**20
-        except (KeyError, IndexError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, OverflowError):
             return None
         return LoadedReport(loaded=reserved_mib > CONTEXT_MIB, used_mib=reserved_mib)

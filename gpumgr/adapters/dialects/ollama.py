@@ -9,51 +9,63 @@ leave out a busy model for a poll or two: gone from there proves nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 from gpumgr.adapters.dialects.http import REPORT_SECONDS, Http
 from gpumgr.config import Call
 from gpumgr.core.placement import Report as LoadedReport
 from gpumgr.runtime.ports import BackendError
 
+UNLOAD_SECONDS = 5.0
+
+
+class _Model(TypedDict):
+    name: str
+    size_vram: int
+
 
 class Ollama(Http):
     ask_again_seconds: float | None = 1.0
-    health_default: ClassVar[Call] = Call(path="/api/version")
+    health_default: ClassVar[str | None] = "/api/version"
 
     @property
     def can_unload(self) -> bool:
         return True
 
     def unload(self, within_seconds: float) -> None:
+        """Every model is asked for, also where one fails: a name removed while it is loaded is a 404."""
         if self._settings.unload.path is not None:
             super().unload(within_seconds)
             return
         until = time.monotonic() + within_seconds
-        for model in self._models():
-            left = max(0.1, min(5.0, until - time.monotonic()))
+        failure: BackendError | None = None
+        for model in self._models(min(REPORT_SECONDS, within_seconds)):
             body = {"model": model["name"], "keep_alive": 0}
-            self._call(Call(method="POST", path="/api/generate", json=body), left)
+            left = max(0.1, min(UNLOAD_SECONDS, until - time.monotonic()))
+            try:
+                self._call(Call(method="POST", path="/api/generate", json=body), left)
+            except BackendError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def loaded(self) -> LoadedReport | None:
         """A hanging ``/api/ps`` is a model that loads: loaded, size unknown."""
         if self._settings.loaded is not None:
             return super().loaded()
         try:
-            models = self._models()
+            models = self._models(REPORT_SECONDS)
         except BackendError as error:
             if error.reason == "hung":
                 return LoadedReport(loaded=True)
             raise
-        used = sum(int(model.get("size_vram") or 0) for model in models)
+        used = sum(model["size_vram"] for model in models)
         return LoadedReport(loaded=used > 0, used_mib=used // 2**20)
 
-    def _models(self) -> list[Mapping[str, Any]]:
-        answer = self._json("/api/ps", timeout_seconds=REPORT_SECONDS)
-        models = answer.get("models") if isinstance(answer, Mapping) else None
-        if models is None:
-            return []
-        if not all(isinstance(model, Mapping) and isinstance(model.get("name"), str) for model in models):
-            raise BackendError("failed", "GET /api/ps: its answer has models without a name")
-        return list(models)
+    def _models(self, within_seconds: float) -> list[_Model]:
+        answer = self._json("/api/ps", timeout_seconds=within_seconds)
+        try:
+            listed = answer.get("models") or []
+            return [{"name": str(model["name"]), "size_vram": int(model.get("size_vram") or 0)} for model in listed]
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
+            raise BackendError("failed", "GET /api/ps: its answer is not a list of models") from None

@@ -1,0 +1,118 @@
+"""One HTTP call to a consumer, over after a stated time whatever the server does.
+
+Owns: the connection, its deadline, and turning every failure into BackendError. Must not: know what is called.
+
+http.client and not requests: a time limit of requests holds for each read of the socket, so that a server that
+drips a byte a second never ends the call; here the socket itself is shut when the time is over. It also knows
+nothing of proxies, .netrc, redirects or compression, which are not for a consumer's own address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from gpumgr.runtime.ports import BackendError
+
+CONNECT_SECONDS = 2.0
+LARGEST_ANSWER_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A server's whole answer. ``asked`` is for the error's sentence."""
+
+    asked: str
+    status: int
+    body: bytes
+
+    def require(self) -> Answer:
+        """Raises: BackendError where the status says no. A redirect is an answer that nobody configured."""
+        if self.status >= 300:
+            said = " ".join(self.body[:200].decode(errors="replace").split())
+            raise BackendError("failed", f"{self.asked} answers {self.status} {said}".rstrip())
+        return self
+
+    def json(self) -> Any:
+        """Raises: BackendError."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            raise BackendError("failed", f"{self.asked} answers something that is not JSON") from None
+
+
+def send(method: str, url: str, path: str, *, body: Any = None, timeout_seconds: float) -> Answer:
+    """One request on a connection of its own: one kept alive may be closed by the server just as we write on it, and
+    an unload that fails for that reason would cost a second.
+
+    Raises: BackendError: ``unreachable`` (nobody listens), ``hung`` (not over after ``timeout_seconds``), ``failed``.
+    """
+    asked = f"{method} {path}"
+    until = time.monotonic() + timeout_seconds
+    parts = urlsplit(url)
+    connection = _connected(url, until, asked, timeout_seconds)
+    over = threading.Event()
+    deadline = threading.Timer(max(0.0, until - time.monotonic()), _cut, (connection.sock, over))
+    deadline.daemon = True
+    deadline.start()
+    try:
+        content = None if body is None else json.dumps(body).encode()
+        headers = {} if content is None else {"Content-Type": "application/json"}
+        connection.request(method, parts.path + path, content, headers)
+        with connection.getresponse() as response:
+            answer = Answer(asked, response.status, _body(response, asked))
+        if over.is_set():  # a body that ends when the connection does looks whole when we cut it
+            raise _hung(asked, timeout_seconds)
+        return answer
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if over.is_set() or isinstance(error, TimeoutError):
+            raise _hung(asked, timeout_seconds) from None
+        raise BackendError("failed", f"{asked}: {type(error).__name__} {error}".rstrip()) from None
+    finally:
+        deadline.cancel()
+        connection.close()
+
+
+def _hung(asked: str, timeout_seconds: float) -> BackendError:
+    return BackendError("hung", f"{asked}: not answered within {timeout_seconds:.3g} s")
+
+
+def _connected(url: str, until: float, asked: str, timeout_seconds: float) -> http.client.HTTPConnection:
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    left = max(0.001, min(CONNECT_SECONDS, until - time.monotonic()))
+    connection = kind(parts.hostname or "", parts.port, timeout=left)
+    try:
+        connection.connect()
+    except TimeoutError:
+        connection.close()
+        raise _hung(asked, timeout_seconds) from None
+    except OSError as error:
+        connection.close()
+        raise BackendError("unreachable", f"{url} cannot be reached ({error.strerror or error})") from None
+    connection.sock.settimeout(timeout_seconds)
+    return connection
+
+
+def _cut(sock: socket.socket, over: threading.Event) -> None:
+    """Wake whoever reads from or writes to this socket. The connection may have let go of it already: an answer that
+    ends with the connection keeps it alone."""
+    over.set()
+    with contextlib.suppress(OSError):  # closed in this very moment
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _body(response: http.client.HTTPResponse, asked: str) -> bytes:
+    body = response.read(LARGEST_ANSWER_BYTES + 1)
+    if len(body) > LARGEST_ANSWER_BYTES:
+        raise BackendError("failed", f"{asked}: its answer is larger than {LARGEST_ANSWER_BYTES} bytes")
+    if response.length:  # http.client's own read(n) does not raise where the announced length was cut short
+        raise http.client.IncompleteRead(body, response.length)
+    return body

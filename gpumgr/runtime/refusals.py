@@ -1,0 +1,83 @@
+"""The refusals that are about waiting: who was waited for, and in which step time ran out.
+
+Owns: their words and facts. Must not: decide that time has run out. Called with the lock held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from gpumgr.core.queue import Hold
+from gpumgr.errors import PrepareTimeout, SchedulerTimeout
+
+if TYPE_CHECKING:
+    from gpumgr.runtime.state import State
+    from gpumgr.runtime.ticket import Ticket
+
+
+def prepare_timeout(state: State, ticket: Ticket) -> PrepareTimeout:
+    waited = state.waited(ticket)
+    return PrepareTimeout(
+        f"{ticket.consumer.name} had its turn and could not be prepared in time; after {waited:g} s it was "
+        f"{ticket.step}. Look at that service, or raise lease.max_prepare_seconds",
+        consumer=ticket.consumer.name,
+        step=ticket.step,
+        waited_seconds=waited,
+    )
+
+
+def scheduler_timeout(state: State, ticket: Ticket) -> SchedulerTimeout:
+    reason = ticket.waiting_for or state.queue.why(ticket.entry)
+    holders = [_facts(state, hold) for hold in _waited_for(state, ticket)]
+    ahead = state.queue.ahead(ticket.entry)
+    why = f"waiting for {reason}" if ticket.waiting_for is None else ticket.step
+    waited = state.waited(ticket)
+    return SchedulerTimeout(
+        f"{ticket.consumer.name} was not granted within {waited:g} s ({why}): {_said(state, ticket, holders, ahead)}. "
+        "Ask again, or with a longer wait_seconds",
+        consumer=ticket.consumer.name,
+        waiting_for=reason,
+        waited_seconds=waited,
+        ahead=ahead,
+        holders=holders,
+    )
+
+
+def _waited_for(state: State, ticket: Ticket) -> list[Hold]:
+    if ticket.waiting_for is None:
+        return [hold for hold in state.queue.blockers(ticket.consumer) if hold.seq != ticket.seq]
+    shared = set(ticket.consumer.gpus)
+    return [h for h in state.queue.holds.values() if h.seq != ticket.seq and not shared.isdisjoint(h.gpus)]
+
+
+def _facts(state: State, hold: Hold) -> dict[str, Any]:
+    facts: dict[str, Any] = {"consumer": hold.consumer, "phase": hold.phase.value}
+    lease = next((lease for lease in state.leases if lease.seq == hold.seq), None)
+    if lease is not None:
+        facts |= {
+            "lease_id": lease.lease_id,
+            "holder": lease.holder,
+            "held_seconds": state.held(lease),
+            "expires_at": state.shown(lease.expires_at),
+        }
+    return facts
+
+
+def _said(state: State, ticket: Ticket, holders: list[dict[str, Any]], ahead: int) -> str:
+    said = [_words(facts) for facts in holders]
+    if state.queue.is_unloading(ticket.consumer.name):
+        said.append(f"{ticket.consumer.name} itself is being unloaded for somebody else")
+    if not said:
+        said.append(f"{ahead} requests are ahead of it")
+    return "; ".join(said)
+
+
+def _words(facts: Mapping[str, Any]) -> str:
+    if "lease_id" not in facts:
+        return f"{facts['consumer']} is {facts['phase']}"
+    who = facts["holder"] or "an unnamed holder"
+    return (
+        f"{who} holds {facts['consumer']} since {facts['held_seconds']:g} s "
+        f"(lease {facts['lease_id']}, until {facts['expires_at']} unless renewed)"
+    )

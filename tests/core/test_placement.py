@@ -1,0 +1,413 @@
+"""What fits, who must go and what is said when it cannot be: the numbers are those of gpumgr/core/placement.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from gpumgr.core.card import GpuProcess, GpuReading, Reading
+from gpumgr.core.catalog import Catalog, GpuRef
+from gpumgr.core.placement import (
+    LEFTOVER_SLACK_MIB,
+    Grant,
+    Holding,
+    Refuse,
+    Report,
+    Unload,
+    Victim,
+    View,
+    Wait,
+    assess,
+    decide,
+    given_back,
+    impossible,
+    promised_mib,
+    shortfall_mib,
+)
+from gpumgr.errors import EvictionFailed, GpuUnreadable, InsufficientVram, Refused
+from tests.worlds import catalog, consumer
+
+PAINT = consumer("paint", 14000)
+CHAT = consumer("chat", 9000, beside=["hear", "talk"])
+HEAR = consumer("hear", 2000, beside=["chat", "talk"])
+TALK = consumer("talk", 4000, beside=["chat", "hear"])
+ONE = catalog(PAINT, CHAT, HEAR, TALK)
+
+
+def gpu(free: int, total: int = 24000, *, index: int = 0, games: Mapping[str, int | None] | None = None) -> GpuReading:
+    strangers = tuple(GpuProcess(4000 + n, name, mib, None) for n, (name, mib) in enumerate((games or {}).items()))
+    return GpuReading(index, f"GPU-{index}", "card", total, total - free, free, strangers)
+
+
+def view(
+    *gpus: GpuReading,
+    of: Catalog = ONE,
+    held: Mapping[Any, int | Holding] | None = None,
+    promised: int | dict[GpuRef, int] = 0,
+    in_use: Sequence[str] = (),
+    tried: Sequence[Victim] = (),
+    headroom: int = 512,
+    **more: Any,
+) -> View:
+    """``held``: consumer, or (consumer, gpu) → MiB that the driver tells."""
+    holdings: dict[tuple[str, GpuRef], Holding] = {}
+    for key, value in (held or {}).items():
+        pair = (key, 0) if isinstance(key, str) else key
+        holdings[pair] = value if isinstance(value, Holding) else Holding(value, exact=True, resident=value > 0)
+    return View(
+        catalog=of,
+        reading=Reading(1.0, gpus),
+        headroom_mib=headroom,
+        holdings=holdings,
+        promised_mib={0: promised} if isinstance(promised, int) else promised,
+        in_use=frozenset(in_use),
+        tried=tuple(tried),
+        **more,
+    )
+
+
+def refused(decision: object) -> Refused:
+    assert isinstance(decision, Refuse), decision
+    return decision.error
+
+
+def went(name: str, held: int, still: int = 300) -> Victim:
+    return Victim(name, held, still)
+
+
+def kept(name: str, held: int) -> Victim:
+    return Victim(name, held, held, 1.0, "kept")
+
+
+# -- 1, 2 ---------------------------------------------------------------------------------------------------
+
+
+def test_1_an_unreadable_card_grants_nothing() -> None:
+    for reading, said in (
+        (Reading(1.0, error="driver gone"), "driver gone"),
+        (Reading(1.0, (gpu(24000, index=1),)), "GPU 0 is not among the 1"),
+        (Reading(1.0, (GpuReading(0, None, "card", 0, 0, 0, error="GPU is lost"),)), "GPU 0: GPU is lost"),
+    ):
+        error = refused(decide(PAINT, View(ONE, reading, 512, {}, {})))
+        assert isinstance(error, GpuUnreadable)
+        assert said in error.message
+        assert error.retryable
+
+
+def test_1_another_gpu_that_is_unreadable_is_not_ours() -> None:
+    lost = GpuReading(1, None, "card", 0, 0, 0, error="GPU is lost")
+    assert decide(PAINT, view(gpu(24000), lost)) == Grant()
+
+
+def test_2_more_than_the_card_can_ever_lend_is_refused_at_once() -> None:
+    big = consumer("big", 23489)
+    everyone = catalog(big, CHAT)
+    error = refused(decide(big, view(gpu(15000), of=everyone, held={"chat": 9000})))
+    assert isinstance(error, InsufficientVram)
+    assert "can never fit" in error.message
+    assert error.details["evicted"] == []
+    assert impossible(big, view(gpu(24000), of=everyone))
+    assert not impossible(consumer("big", 23488), view(gpu(24000), of=everyone))
+
+
+# -- 3, 4 ---------------------------------------------------------------------------------------------------
+
+
+def test_3_all_that_may_not_coexist_are_unloaded_at_once_even_where_it_fits() -> None:
+    assert decide(PAINT, view(gpu(22000), held={"hear": 2000})) == Unload(("hear",), required=True)
+    both = decide(PAINT, view(gpu(13000), held={"chat": 9000, "hear": 2000}))
+    assert both == Unload(("chat", "hear"), required=True)
+
+
+def test_3_nobody_knows_counts_as_resident() -> None:
+    unknown = Holding(0, exact=False, resident=None)
+    assert decide(PAINT, view(gpu(24000), held={"hear": unknown})) == Unload(("hear",), required=True)
+
+
+def test_3_somebody_else_s_unload_is_waited_for() -> None:
+    held = {"chat": 9000, "hear": 2000}
+    assert decide(PAINT, view(gpu(13000), held=held, leaving=frozenset({"hear"}))) == Wait("preparing")
+
+
+def test_4_one_that_kept_its_memory_refuses_though_the_target_would_fit() -> None:
+    state = view(gpu(22000), held={"hear": 2000}, tried=[kept("hear", 2000)])
+    error = refused(decide(PAINT, state))
+    assert isinstance(error, EvictionFailed)
+    assert error.retryable
+    assert error.details["victims"] == [
+        {"consumer": "hear", "held_mib": 2000, "still_held_mib": 2000, "reason": "kept"}
+    ]
+    assert "hear answered its unload and kept 2000 of 2000 MiB" in error.message
+
+
+def test_4_one_that_gave_back_late_is_no_reason_any_more() -> None:
+    assert decide(PAINT, view(gpu(23700), held={"hear": 0}, tried=[kept("hear", 2000)])) == Grant()
+
+
+# -- 5: fit -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("free", "fits"), [(14512, True), (14511, False)])
+def test_5_headroom_is_never_lent(free: int, fits: bool) -> None:
+    state = view(gpu(free, games={"game": 24000 - free}))
+    assert (decide(PAINT, state) == Grant()) is fits
+    assert shortfall_mib(PAINT, state) == 14512 - free
+
+
+@pytest.mark.parametrize(("free", "fits"), [(13512, True), (13511, False)])
+def test_5_what_was_promised_to_others_is_not_lent_again(free: int, fits: bool) -> None:
+    state = view(gpu(free), promised=9000, in_use=["chat"])
+    assert decide(TALK, state) == (Grant() if fits else Wait("vram", 1))
+
+
+def test_5_what_the_target_holds_it_does_not_need_again() -> None:
+    assert decide(PAINT, view(gpu(1512), held={"paint": 13000})) == Grant()
+    assert decide(PAINT, view(gpu(512), held={"paint": 15000})) == Grant()
+
+
+def test_5_a_holder_s_memory_on_the_card_counts_once() -> None:
+    # 24000 - 9000 on the card; nothing is promised any more
+    assert decide(TALK, view(gpu(15000), held={"chat": 9000}, in_use=["chat"])) == Grant()
+
+
+def test_promised_is_what_a_holder_may_still_take() -> None:
+    assert promised_mib(CHAT, 0, Holding(0)) == 9000
+    assert promised_mib(CHAT, 0, Holding(3000)) == 6000
+    assert promised_mib(CHAT, 0, Holding(9500)) == 0
+    assert promised_mib(CHAT, 1, Holding(0)) == 0
+
+
+# -- 6, 7 ---------------------------------------------------------------------------------------------------
+
+
+def test_6_room_is_made_by_the_least_recently_used_idle_resident_one_at_a_time() -> None:
+    held = {"chat": 9000, "hear": 11000}
+    used = {"chat": 50.0, "hear": 40.0}
+    assert decide(TALK, view(gpu(4000), held=held, last_used=used)) == Unload(("hear",), required=False)
+    used = {"chat": 50.0, "hear": 60.0}
+    assert decide(TALK, view(gpu(4000), held=held, last_used=used)) == Unload(("chat",), required=False)
+    assert decide(TALK, view(gpu(4000), held=held, last_used={"chat": 50.0})) == Unload(("hear",), required=False)
+
+
+def test_6_nobody_is_unloaded_where_it_fits() -> None:
+    assert decide(TALK, view(gpu(13000), held={"chat": 9000, "hear": 2000})) == Grant()
+
+
+def test_6_what_is_in_use_is_never_unloaded() -> None:
+    state = view(gpu(2000), held={"chat": 20000, "hear": 2000}, in_use=["hear"], last_used={"chat": 9.0})
+    assert decide(TALK, state) == Unload(("chat",), required=False)
+    nobody_idle = view(gpu(2000), held={"chat": 20000, "hear": 2000}, in_use=["hear", "chat"])
+    assert decide(TALK, nobody_idle) == Wait("vram", 4000 + 512 - 2000)
+
+
+def test_6_a_failed_one_is_not_asked_again_and_the_next_one_is() -> None:
+    held = {"chat": 9000, "hear": 11000}
+    used = {"chat": 50.0, "hear": 40.0}
+    state = view(gpu(4000), held=held, last_used=used, tried=[kept("hear", 11000)])
+    assert decide(TALK, state) == Unload(("chat",), required=False)
+
+
+def test_6_one_that_is_being_unloaded_for_somebody_else_is_waited_for() -> None:
+    state = view(gpu(4000), held={"chat": 9000, "hear": 11000}, leaving=frozenset({"chat"}))
+    assert decide(TALK, state) == Wait("preparing")
+
+
+def test_7_it_waits_where_it_fits_once_the_consumers_in_use_are_done() -> None:
+    # 24000: a game's 10000, chat's 9000 (4000 of it on the card)
+    state = view(gpu(10000, games={"game": 10000}), held={"chat": 4000}, promised=5000, in_use=["chat"])
+    assert decide(TALK, state) == Grant()
+    tight = view(gpu(9000, games={"game": 11000}), held={"chat": 4000}, promised=5000, in_use=["chat"])
+    assert decide(TALK, tight) == Wait("vram", 4000 + 512 + 5000 - 9000)
+    never = view(gpu(500, games={"game": 19500}), held={"chat": 4000}, promised=0, in_use=["chat"])
+    assert isinstance(refused(decide(TALK, never)), InsufficientVram)
+
+
+# -- 8 ------------------------------------------------------------------------------------------------------
+
+
+def test_8_before_a_refusal_an_idle_target_is_itself_unloaded_once() -> None:
+    # bloated: it holds 6000 of its 4000, so that it needs no more, yet headroom is missing
+    game = gpu(100, games={"game": 17900})
+    state = view(game, held={"talk": 6000})
+    assert decide(TALK, state) == Unload(("talk",), required=False)
+    again = view(game, held={"talk": 6000}, tried=[kept("talk", 6000)])
+    assert isinstance(refused(decide(TALK, again)), InsufficientVram)
+
+
+def test_8_a_target_that_somebody_else_holds_is_not() -> None:
+    state = view(gpu(100, games={"game": 17900}), held={"talk": 6000}, target_in_use=True)
+    assert isinstance(refused(decide(TALK, state)), InsufficientVram)
+
+
+def test_8_also_where_an_excluded_one_kept_its_memory() -> None:
+    state = view(gpu(1000), held={"paint": 12000, "chat": 9000}, tried=[kept("chat", 9000)])
+    assert decide(PAINT, state) == Unload(("paint",), required=False)
+
+
+# -- 9: the two refusals ------------------------------------------------------------------------------------
+
+
+def test_9_insufficient_with_its_numbers() -> None:
+    state = view(
+        gpu(12000, games={"bg3": 9000, "browser": 700, "hidden": None}),
+        held={"hear": Holding(300, resident=False)},
+        tried=[went("hear", 2000)],
+    )
+    error = refused(decide(PAINT, state))
+    assert isinstance(error, InsufficientVram)
+    assert not error.retryable
+    details = error.details
+    assert (details["needed_mib"], details["free_mib"], details["total_mib"]) == (14000, 12000, 24000)
+    assert (details["headroom_mib"], details["promised_mib"], details["held_mib"]) == (512, 0, 0)
+    assert [p["name"] for p in details["untracked"]] == ["bg3", "browser", "hidden"]
+    assert details["evicted"] == ["hear"]
+    for said in ("paint needs 14000 MiB", "12000 of 24000 MiB are free", "bg3", "9000 MiB", "an unknown amount"):
+        assert said in error.message
+
+
+@pytest.mark.parametrize(("game", "error"), [(4488, EvictionFailed), (4489, InsufficientVram)])
+def test_9_excluded_one_kept_and_it_does_not_fit(game: int, error: type[Refused]) -> None:
+    # With chat gone it needs 14000 + 512 + 5000 of another's + game <= 24000: then chat is to blame
+    everyone = catalog(PAINT, CHAT)
+    free = 24000 - 9000 - 5000 - game
+    state = view(
+        gpu(free, games={"game": game, "more": 5000}), of=everyone, held={"chat": 9000}, tried=[kept("chat", 9000)]
+    )
+    assert type(refused(decide(PAINT, state))) is error
+
+
+@pytest.mark.parametrize(("game", "error"), [(19488, EvictionFailed), (19489, InsufficientVram)])
+def test_9_idle_one_that_had_to_make_room_kept(game: int, error: type[Refused]) -> None:
+    everyone = catalog(HEAR, TALK, CHAT)
+    state = view(
+        gpu(24000 - game - 2000, games={"game": game}), of=everyone, held={"hear": 2000}, tried=[kept("hear", 2000)]
+    )
+    assert type(refused(decide(TALK, state))) is error
+
+
+def test_9_an_idle_one_that_kept_does_not_matter_where_it_fits() -> None:
+    assert decide(TALK, view(gpu(4512), held={"hear": 2000}, tried=[kept("hear", 2000)])) == Grant()
+
+
+def test_9_idle_residents_that_nobody_asked_yet_are_no_shortfall() -> None:
+    # talk kept 800 and excludes paint; what is missing beyond that is idle chat's, which was not asked any more
+    everyone = catalog(
+        consumer("paint", 14000, beside=["chat"]),
+        consumer("talk", 4000, beside=["chat"]),
+        consumer("chat", 9000, beside=["talk", "paint"]),
+    )
+    state = view(gpu(14200), of=everyone, held={"talk": 800, "chat": 9000}, tried=[kept("talk", 800)])
+    assert isinstance(refused(decide(everyone.consumers["paint"], state)), EvictionFailed)
+
+
+@pytest.mark.parametrize("reason", ["kept", "busy", "hung", "unreachable"])
+def test_9_each_reason_has_its_words(reason: Any) -> None:
+    victim = Victim("hear", 2000, 1900, 30.0, reason)
+    error = refused(decide(PAINT, view(gpu(22100), held={"hear": 1900}, tried=[victim])))
+    assert error.details["victims"][0]["reason"] == reason
+    assert "1900 of 2000 MiB" in error.message
+
+
+# -- several GPUs -------------------------------------------------------------------------------------------
+
+SPAN = consumer("span", (4000, 8000), gpus=(0, 1), beside=["near", "far"])
+NEAR = consumer("near", 6000, gpus=(0,), beside=["span"])
+FAR = consumer("far", 6000, gpus=(1,), beside=["span"])
+TWO = catalog(SPAN, NEAR, FAR)
+
+
+def test_several_it_must_fit_on_each() -> None:
+    assert decide(SPAN, view(gpu(4512), gpu(8512, 12000, index=1), of=TWO)) == Grant()
+    for free in ((4511, 8512), (4512, 8511)):
+        state = view(gpu(free[0]), gpu(free[1], 12000, index=1), of=TWO)
+        assert isinstance(refused(decide(SPAN, state)), InsufficientVram)
+
+
+def test_several_only_residents_of_the_short_gpu_make_room() -> None:
+    state = view(
+        gpu(10000), gpu(6000, 12000, index=1), of=TWO, held={("near", 0): 6000, ("far", 1): 6000}, last_used={"far": 9}
+    )
+    assert decide(SPAN, state) == Unload(("far",), required=False)
+
+
+def test_several_the_refusal_is_of_the_shortest() -> None:
+    state = view(gpu(4000), gpu(2000, 12000, index=1, games={"game": 10000}), of=TWO)
+    error = refused(decide(SPAN, state))
+    assert (error.details["gpu"], error.details["needed_mib"], error.details["free_mib"]) == (1, 8000, 2000)
+
+
+def test_several_promises_count_on_their_own_gpu() -> None:
+    gpus = (gpu(24000), gpu(12000, index=1, total=12000))
+    assert decide(SPAN, view(*gpus, of=TWO, promised={0: 19488}, in_use=["near"])) == Grant()
+    assert decide(SPAN, view(*gpus, of=TWO, promised={0: 19489}, in_use=["near"])) == Wait("vram", 1)
+    assert decide(SPAN, view(*gpus, of=TWO, promised={1: 3489}, in_use=["far"])) == Wait(
+        "vram", 8000 + 512 + 3489 - 12000
+    )
+
+
+# -- proof --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("now", "proved"), [(0, True), (768, True), (769, False)])
+def test_given_back_is_at_most_the_residual(now: int, proved: bool) -> None:
+    # whatever free memory says, which may lag or which a game may have taken
+    for risen in (0, 9000):
+        assert given_back(CHAT, {0: Holding(9000)}, {0: now}, {0: risen}) is proved
+
+
+def test_given_back_has_the_consumer_s_own_residual() -> None:
+    assert not given_back(consumer("x", residual_mib=0), {0: Holding(9000)}, {0: 1}, {})
+    assert given_back(consumer("x", residual_mib=1500), {0: Holding(9000)}, {0: 1500}, {})
+
+
+@pytest.mark.parametrize(("risen", "proved"), [(8099, False), (8100, True), (9000, True)])
+def test_where_processes_cannot_be_read_free_memory_must_rise_by_nine_tenths(risen: int, proved: bool) -> None:
+    assert given_back(CHAT, {0: Holding(9000)}, {0: None}, {0: risen}) is proved
+    assert given_back(CHAT, {0: Holding(9000, exact=False)}, {0: 0}, {0: risen}) is proved
+
+
+def test_given_back_is_proved_on_every_gpu() -> None:
+    before: dict[GpuRef, Holding] = {0: Holding(4000), 1: Holding(8000)}
+    assert given_back(SPAN, before, {0: 300, 1: 300}, {})
+    assert not given_back(SPAN, before, {0: 300, 1: 8000}, {})
+    assert not given_back(SPAN, before, {0: 300, 1: None}, {1: 7000})
+    assert given_back(SPAN, before, {0: 300, 1: None}, {1: 7200})
+
+
+# -- what is held -------------------------------------------------------------------------------------------
+
+
+def assessed(driver: int | None, report: Report | None = None, **known: Any) -> Holding:
+    facts: dict[str, Any] = {"attributable": True, "used_since_unload": None, "leftover_mib": 0} | known
+    return assess(CHAT, 0, driver_mib=driver, report=report, **facts)
+
+
+def test_assess_1_its_own_report_where_the_driver_tells_nothing() -> None:
+    loaded, told = Report(True), Report(True, 5000)
+    assert assessed(None, loaded) == Holding(9000, exact=False, resident=True)
+    assert assessed(None, told) == Holding(5000, exact=False, resident=True)
+    assert assessed(None, Report(False)) == Holding(0, exact=False, resident=False)
+    assert assessed(0, told, attributable=False) == Holding(5000, exact=False, resident=True)
+    assert assessed(0, told, attributable=True) == Holding(0, exact=True, resident=False)
+    assert assessed(7000, told, attributable=False) == Holding(7000, exact=True, resident=True)
+
+
+def test_assess_1_a_report_is_for_all_gpus_together() -> None:
+    holding = assess(
+        SPAN, 1, driver_mib=None, attributable=True, report=Report(True, 9000), used_since_unload=None, leftover_mib=0
+    )
+    assert holding.held_mib == 4500
+
+
+def test_assess_2_the_driver_s_number_above_what_stayed_after_the_last_unload() -> None:
+    assert assessed(1) == Holding(1, exact=True, resident=True)
+    assert assessed(0) == Holding(0, exact=True, resident=False)
+    assert assessed(300 + LEFTOVER_SLACK_MIB, leftover_mib=300).resident is False
+    assert assessed(301 + LEFTOVER_SLACK_MIB, leftover_mib=300).resident is True
+
+
+@pytest.mark.parametrize(("used", "held", "resident"), [(True, 9000, True), (False, 0, False), (None, 0, None)])
+def test_assess_3_what_the_broker_remembers(used: bool | None, held: int, resident: bool | None) -> None:
+    assert assessed(None, used_since_unload=used) == Holding(held, exact=False, resident=resident)

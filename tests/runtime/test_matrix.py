@@ -1,0 +1,295 @@
+"""Every dialect of victim with every way to misbehave, through a started broker on the simulated services.
+
+One cell plays the same story: the victim is on the card, somebody acquires a consumer that may not stand beside it,
+and works under the lease if there is one, while somebody else wants the victim. Then the fault is cleared, the victim
+works again under a lease of its own, and must make room after all. What must never happen is counted all along.
+
+The cells play side by side, as most of their time is waiting; each test looks at the outcome of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gpumgr import config
+from gpumgr.adapters.clock import SystemClock
+from gpumgr.adapters.dialects import dialect_of
+from gpumgr.adapters.journal import NoJournal
+from gpumgr.adapters.simulated import SimulatedProbe
+from gpumgr.core.lease import Lease
+from gpumgr.errors import EvictionFailed, GpumgrError, SchedulerTimeout
+from gpumgr.runtime.broker import Broker
+from gpumgr.runtime.ticket import Ask
+from gpumgr.sim.service import Faults, SimulatedService
+from gpumgr.sim.stage import RESIDENT_MIB, Stage
+from tests.waiting import until
+
+TARGET_OF = {"comfyui": "ollama", "ollama": "comfyui", "mvoice": "comfyui"}
+"""Whom each victim has to make room for. mvoice speaks the generic dialect."""
+HEADROOM_MIB = 512
+RESIDUAL_MIB = 768
+SIDE_BY_SIDE = 8
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``reason`` is None where the lease must be granted. ``limit_seconds`` is the victim's unload.timeout_seconds."""
+
+    reason: str | None
+    lies: dict[str, Any] = field(default_factory=dict)
+    limit_seconds: float = 1.0
+
+
+FAULTS = {
+    "honest": Fault(None),
+    "slow": Fault(None, {"slow_unload_seconds": 0.5}, 3.0),
+    "answers-200-and-keeps-it": Fault("kept", {"keeps_memory": True}),
+    "first-call-lost": Fault(None, {"lose_first_unload": True}, 8.0),
+    "hangs": Fault("hung", {"hang": True}),
+    "hangs-at-the-unload": Fault("hung", {"hang_unload": True}),
+    "dies": Fault(None, {"dies_on_unload": True}),
+    "frees-only-half": Fault("kept", {"frees_share": 0.5}),
+}
+SEEN = "seen"
+BLIND = "blind"
+"""The driver tells how much is free but not whose the rest is, as in some containers: the 90 % rule proves."""
+CELLS = [(victim, fault, SEEN) for victim in TARGET_OF for fault in FAULTS]
+# mvoice has no report of its own, so a broker that sees no processes knows nothing of it before its first grant.
+BLIND_CELLS = [(victim, fault, BLIND) for victim in ("comfyui", "ollama") for fault in FAULTS]
+ALL_CELLS = CELLS + BLIND_CELLS
+Key = tuple[str, str, str]
+
+
+@dataclass
+class Outcome:
+    """What a cell saw. Memory is in MiB, at the instant of the answer."""
+
+    answer: Lease | GpumgrError
+    seconds: float
+    free_mib: int
+    target_mib: int
+    victim_mib: int
+    over_commits: int = -1
+    unloads_under_a_lease: int = 0
+    unloads_while_busy: int = -1
+    rival: Lease | GpumgrError | None = None
+    victim_again: Lease | GpumgrError | None = None
+    target_again: Lease | GpumgrError | None = None
+    victim_mib_again: int = -1
+    events: list[dict[str, Any]] = field(default_factory=list)
+    left_holds: int = -1
+
+
+@contextmanager
+def running(directory: Path, limits: dict[str, float]) -> Iterator[tuple[Stage, Broker]]:
+    """A stage and a started broker on it, wired by hand: the card is read where it is, not from its file."""
+    with Stage(directory, speed=20) as stage:
+        written = stage.config()
+        for name, seconds in limits.items():
+            written["consumers"][name].setdefault("unload", {})["timeout_seconds"] = seconds
+        file = directory / "consumers.yaml"
+        file.write_text(yaml.safe_dump(written), encoding="utf-8")
+        settings = config.load_file(file)
+        ports = {service.port: name for name, service in stage.services.items()}
+        dialects = {name: dialect_of(consumer) for name, consumer in settings.consumers.items()}
+        broker = Broker(settings, SimulatedProbe(stage.card.state, ports), dialects, SystemClock(), NoJournal())
+        broker.start()
+        try:
+            yield stage, broker
+        finally:
+            broker.close()
+
+
+def acquire(broker: Broker, name: str, wait_seconds: float = 10) -> Lease | GpumgrError:
+    try:
+        return broker.acquire(Ask(consumer=name, wait_seconds=wait_seconds, ttl_seconds=60))
+    except GpumgrError as error:
+        return error
+
+
+@dataclass
+class Cell:
+    """One story on its way."""
+
+    stage: Stage
+    broker: Broker
+    victim: SimulatedService
+    target: SimulatedService
+    unloads_under_a_lease: int = 0
+
+    def play(self, fault: Fault) -> Outcome:
+        self.stage.warm(self.victim.name)
+        until(lambda: self.victim.busy == 0)
+        self._lie(fault.lies)
+        outcome = self._target_is_wanted()
+        if isinstance(outcome.answer, Lease):
+            outcome.rival = self._work_while_wanted(outcome.answer, self.target, self.victim)
+        self._be_honest()
+        outcome.victim_again = acquire(self.broker, self.victim.name)
+        if isinstance(outcome.victim_again, Lease):
+            self._work_while_wanted(outcome.victim_again, self.victim, self.target)
+        outcome.target_again = acquire(self.broker, self.target.name)
+        outcome.victim_mib_again = self.victim.used_mib
+        if isinstance(outcome.target_again, Lease):
+            self._work_while_wanted(outcome.target_again, self.target, self.victim)
+        return self._counted(outcome)
+
+    def _lie(self, lies: dict[str, Any]) -> None:
+        for name, value in lies.items():
+            setattr(self.victim.faults, name, value)
+
+    def _be_honest(self) -> None:
+        self.victim.faults = Faults()
+        self.victim.start()  # where it died
+
+    def _target_is_wanted(self) -> Outcome:
+        began = time.monotonic()
+        answer = acquire(self.broker, self.target.name)
+        return Outcome(
+            answer,
+            time.monotonic() - began,
+            free_mib=self.stage.card.free_mib(),
+            target_mib=self.target.used_mib,
+            victim_mib=self.victim.used_mib,
+        )
+
+    def _work_while_wanted(
+        self, lease: Lease, holder: SimulatedService, rival: SimulatedService
+    ) -> Lease | GpumgrError:
+        """The holder takes its memory and computes, somebody else presses, and nobody unloads the holder."""
+        before = holder.unload_calls
+        with ThreadPoolExecutor(1) as pool:
+            pressed = pool.submit(acquire, self.broker, rival.name, 0.3)
+            self.stage.warm(holder.name)
+            answer = pressed.result()
+        until(lambda: holder.busy == 0)  # ⟨2⟩ will wait for this tail; until then the holder does
+        self.unloads_under_a_lease += holder.unload_calls - before
+        self.broker.release(lease.token)
+        return answer
+
+    def _counted(self, outcome: Outcome) -> Outcome:
+        outcome.over_commits = self.stage.card.over_commits
+        outcome.unloads_under_a_lease = self.unloads_under_a_lease
+        outcome.unloads_while_busy = sum(service.unloads_while_busy for service in self.stage.services.values())
+        outcome.events = [dict(event) for event in self.broker.state.events]
+        with self.broker.state.lock:
+            outcome.left_holds = len(self.broker.state.queue.holds) + len(self.broker.state.queue.waiting())
+        return outcome
+
+
+def play(directory: Path, victim: str, fault: Fault, sight: str) -> Outcome:
+    limits = {victim: fault.limit_seconds, TARGET_OF[victim]: 5.0}
+    with running(directory, limits) as (stage, broker):
+        stage.card.set_processes_readable(sight == SEEN)
+        cell = Cell(stage, broker, stage.services[victim], stage.services[TARGET_OF[victim]])
+        return cell.play(fault)
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Key, Future[Outcome]]]:
+    """All cells that were asked for, the longest first."""
+    items = [i for i in request.session.items if isinstance(i, pytest.Function) and i.module is request.module]
+    asked_for = {tuple(item.callspec.params.get(name) for name in ("victim", "fault", "sight")) for item in items}
+    cells = sorted((cell for cell in ALL_CELLS if cell in asked_for), key=lambda cell: -FAULTS[cell[1]].limit_seconds)
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        yield {
+            cell: pool.submit(play, tmp_path_factory.mktemp("-".join(cell)), cell[0], FAULTS[cell[1]], cell[2])
+            for cell in cells
+        }
+
+
+@pytest.mark.parametrize(("victim", "fault", "sight"), CELLS)
+def test_a_grant_is_proved_and_a_refusal_names_its_cause(
+    outcomes: dict[Key, Future[Outcome]], victim: str, fault: str, sight: str
+) -> None:
+    outcome = outcomes[victim, fault, sight].result(60)
+    target = TARGET_OF[victim]
+    expected = FAULTS[fault].reason
+    if expected is None:
+        assert isinstance(outcome.answer, Lease), repr(outcome.answer)
+        assert outcome.victim_mib <= RESIDUAL_MIB
+        assert outcome.free_mib - HEADROOM_MIB >= RESIDENT_MIB[target] - outcome.target_mib
+        assert isinstance(outcome.rival, SchedulerTimeout), repr(outcome.rival)
+    else:
+        assert isinstance(outcome.answer, EvictionFailed), repr(outcome.answer)
+        assert outcome.victim_mib > RESIDUAL_MIB
+        assert outcome.answer.details["victims"] == [
+            {
+                "consumer": victim,
+                "held_mib": RESIDENT_MIB[victim],
+                "still_held_mib": outcome.victim_mib,
+                "reason": expected,
+            }
+        ]
+        assert outcome.answer.details["evicted"] == []
+        assert victim in outcome.answer.message
+        assert str(outcome.victim_mib) in outcome.answer.message
+        assert outcome.seconds < FAULTS[fault].limit_seconds + 1.5
+
+
+# FAILS for ollama and "frees-only-half": the unload was not proved, but in the next round the service's own report says
+# that nothing is loaded, so it counts as not resident, the failed unload is forgotten (rule 4 of core/placement.py
+# looks at residents alone), and the target is granted beside the memory that was kept.
+# FAILS for comfyui and "hangs": its report hangs, so nothing is known of what it holds, and an unload of nothing is
+# proved before its call is answered (see test_evictor.py). The target is granted beside all of it.
+@pytest.mark.parametrize(("victim", "fault", "sight"), BLIND_CELLS)
+def test_where_the_driver_names_no_processes_free_memory_proves(
+    outcomes: dict[Key, Future[Outcome]], victim: str, fault: str, sight: str
+) -> None:
+    outcome = outcomes[victim, fault, sight].result(60)
+    target = TARGET_OF[victim]
+    expected = FAULTS[fault].reason
+    if expected is None:
+        assert isinstance(outcome.answer, Lease), repr(outcome.answer)
+        assert outcome.victim_mib <= RESIDUAL_MIB
+        assert outcome.free_mib - HEADROOM_MIB >= RESIDENT_MIB[target] - outcome.target_mib
+    else:
+        assert isinstance(outcome.answer, EvictionFailed), repr(outcome.answer)
+        (named,) = outcome.answer.details["victims"]
+        assert (named["consumer"], named["reason"]) == (victim, expected)
+        came_free_mib = RESIDENT_MIB[victim] - outcome.victim_mib
+        assert named["still_held_mib"] == named["held_mib"] - came_free_mib
+
+
+@pytest.mark.parametrize(("victim", "fault", "sight"), ALL_CELLS)
+def test_what_must_never_happen(outcomes: dict[Key, Future[Outcome]], victim: str, fault: str, sight: str) -> None:
+    outcome = outcomes[victim, fault, sight].result(60)
+    assert outcome.over_commits == 0
+    assert outcome.unloads_under_a_lease == 0
+    assert outcome.unloads_while_busy == 0
+    assert outcome.left_holds == 0
+
+
+@pytest.mark.parametrize(("victim", "fault", "sight"), ALL_CELLS)
+def test_the_victim_serves_again_and_makes_room_after_all(
+    outcomes: dict[Key, Future[Outcome]], victim: str, fault: str, sight: str
+) -> None:
+    outcome = outcomes[victim, fault, sight].result(60)
+    assert isinstance(outcome.victim_again, Lease), repr(outcome.victim_again)
+    assert isinstance(outcome.target_again, Lease), repr(outcome.target_again)
+    assert outcome.victim_mib_again <= RESIDUAL_MIB
+
+
+@pytest.mark.parametrize(("victim", "fault", "sight"), CELLS)
+def test_every_unload_is_told(outcomes: dict[Key, Future[Outcome]], victim: str, fault: str, sight: str) -> None:
+    outcome = outcomes[victim, fault, sight].result(60)
+    told = [event for event in outcome.events if event["type"] in ("evict", "evict_failed")]
+    first = told[0]
+    expected = FAULTS[fault].reason
+    assert (first["consumer"], first["for"]) == (victim, TARGET_OF[victim])
+    assert (first["type"], first.get("reason")) == ("evict" if expected is None else "evict_failed", expected)
+    assert first["held_mib"] == RESIDENT_MIB[victim]
+    refused = [event for event in outcome.events if event["type"] == "refuse"]
+    codes = {event["code"] for event in refused}
+    assert codes == {"scheduler_timeout"} | (set() if expected is None else {"eviction_failed"})

@@ -1,0 +1,517 @@
+"""A small world for the broker: an in-memory card, services that are ledgers, and time that the test owns.
+
+``World`` is never started: its broker's ``acquire`` runs up to the wait, and the test itself plays the threads
+(``step`` a preparation, ``pass_time``, let a caller's deadline wake it). ``started`` is the same world with real
+threads, real time and a running broker.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from gpumgr.adapters.clock import SystemClock
+from gpumgr.adapters.simulated import SimulatedProbe
+from gpumgr.config import GpuSettings, LeaseSettings, SchedulingSettings, ServerSettings, Settings
+from gpumgr.core.catalog import Catalog, Consumer, GpuRef
+from gpumgr.core.lease import Lease, RequestKey
+from gpumgr.core.placement import Report
+from gpumgr.errors import GpumgrError
+from gpumgr.runtime.broker import Broker
+from gpumgr.runtime.ports import BackendError, BackendReason, Clock, Dialect
+from gpumgr.runtime.preparation import Preparation, Step
+from gpumgr.runtime.ticket import Ask, Ticket
+from gpumgr.sim.card import SimulatedCard, SimulatedGpu
+
+HEADROOM_MIB = 512
+CONTEXT_MIB = 300
+"""What a process keeps of its memory when its models are gone."""
+
+
+def consumer(
+    name: str,
+    size_mib: int | tuple[int, ...] = 1000,
+    *,
+    gpus: tuple[GpuRef, ...] = (0,),
+    beside: Sequence[str] = (),
+    at_once: int = 1,
+    residual_mib: int = 768,
+    unload_timeout_seconds: float = 1.0,
+) -> Consumer:
+    sizes = (size_mib,) * len(gpus) if isinstance(size_mib, int) else size_mib
+    return Consumer(
+        name=name,
+        url=f"http://{name}.test",
+        public_url=f"http://{name}.test",
+        dialect="http",
+        gpus=gpus,
+        vram_resident_mib=sizes,
+        residual_mib=residual_mib,
+        can_coexist_with=frozenset(beside),
+        max_concurrency=at_once,
+        unload_timeout_seconds=unload_timeout_seconds,
+    )
+
+
+def catalog(*consumers: Consumer, **routing: str) -> Catalog:
+    return Catalog({c.name: c for c in consumers}, routing)
+
+
+def request(request_id: str, holder: str | None = None) -> RequestKey:
+    return RequestKey(bearer=None, holder=holder, request_id=request_id)
+
+
+class ManualClock:
+    """Moves when the test says so; both faces together."""
+
+    START = datetime(2026, 11, 23, 9, tzinfo=UTC)
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+        self._began = now
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def utc(self) -> datetime:
+        return self.START + timedelta(seconds=self.now - self._began)
+
+
+class Service:
+    """A consumer's server as a ledger: it counts what it was asked, and it can lie, hang or be away.
+
+    ``deferred``: an unload takes effect when ``settle`` is called, as a real one comes after its 200.
+    """
+
+    ask_again_seconds: float | None = 1.0
+    can_unload = True
+    load_starts_service = False
+
+    def __init__(self, of: Consumer, card: SimulatedCard, port: int, *, can_load: bool, deferred: bool) -> None:
+        self.consumer = of
+        self.can_load = can_load
+        self.lies = False
+        self.fails: BackendReason | None = None
+        self.unhealthy: str | None = None
+        self.unload_gate: threading.Event | None = None
+        self.health_gate: threading.Event | None = None
+        self.before_unload: Callable[[str], None] = lambda _name: None
+        self.asked_to_unload = 0
+        self.asked_for_health = 0
+        self._card = card
+        self._deferred = deferred
+        self._pending = False
+        self.pid = card.start_process(of.name, port=port)
+
+    def used_mib(self, gpu: GpuRef = 0) -> int:
+        return self._card.used_mib(self.pid, int(gpu))
+
+    def take(self, mib: int | None = None) -> None:
+        """Hold its declared size, or ``mib`` on every GPU of it."""
+        for gpu in self.consumer.gpus:
+            self._card.set_used(self.pid, self.consumer.needs_mib(gpu) if mib is None else mib, int(gpu))
+
+    def settle(self) -> None:
+        if self._pending and not self.lies:
+            for gpu in self.consumer.gpus:
+                self._card.set_used(self.pid, min(self.used_mib(gpu), CONTEXT_MIB), int(gpu))
+        self._pending = False
+
+    # -- the dialect ----------------------------------------------------------------------------------------
+
+    def health(self) -> None:
+        self.asked_for_health += 1
+        if self.health_gate is not None:
+            self.health_gate.wait(30)
+        if self.unhealthy is not None:
+            raise BackendError("failed", self.unhealthy)
+
+    def unload(self, within_seconds: float) -> None:
+        self.asked_to_unload += 1
+        self.before_unload(self.consumer.name)
+        if self.unload_gate is not None and not self.unload_gate.wait(within_seconds):
+            raise BackendError("hung", "no answer in time")
+        if self.fails is not None:
+            raise BackendError(self.fails, f"it is {self.fails}")
+        self._pending = True
+        if not self._deferred:
+            self.settle()
+
+    def load(self) -> None:
+        self.take()
+
+    def loaded(self) -> Report | None:
+        return None
+
+    def busy(self) -> bool | None:
+        return None
+
+
+class LedgerJournal:
+    """Writes down in order; ``fails`` is raised by the next writes, while it is set."""
+
+    def __init__(self) -> None:
+        self.written: list[tuple[str, Lease]] = []
+        self.fails: Exception | None = None
+
+    def granted(self, lease: Lease, event: dict[str, Any]) -> None:
+        self._write(event["type"], lease)
+
+    def ended(self, lease: Lease, event: dict[str, Any]) -> None:
+        self._write(event["type"], lease)
+
+    def _write(self, kind: str, lease: Lease) -> None:
+        if self.fails is not None:
+            raise self.fails
+        self.written.append((kind, lease))
+
+
+class _Waits(Exception):
+    """``acquire`` came as far as its wait."""
+
+    def __init__(self, ticket: Ticket, deadline: float) -> None:
+        super().__init__("waits")
+        self.ticket = ticket
+        self.deadline = deadline
+
+
+class UnthreadedBroker(Broker):
+    """The real broker, but where a caller's thread would wait, it says so and returns to the test."""
+
+    def _await(self, ticket: Ticket, deadline: float) -> Lease:
+        ticket.callers += 1
+        raise _Waits(ticket, deadline)
+
+
+@dataclass(eq=False)
+class Caller:
+    """One caller of one request: where its thread would wait, and what it was answered in the end."""
+
+    ticket: Ticket
+    deadline: float
+    answer: Lease | GpumgrError | None = None
+    answered_at: float | None = None
+
+    @property
+    def waits(self) -> bool:
+        return self.answer is None
+
+    def lease(self) -> Lease:
+        assert isinstance(self.answer, Lease), self.answer
+        return self.answer
+
+    def error(self) -> GpumgrError:
+        assert isinstance(self.answer, GpumgrError), self.answer
+        return self.answer
+
+
+@dataclass
+class Game:
+    """A process of nobody's."""
+
+    card: SimulatedCard
+    gpu: int
+    pid: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pid = self.card.start_process("game.exe", gpu=self.gpu)
+
+    def set_used(self, mib: int) -> None:
+        self.card.set_used(self.pid, mib)
+
+
+class Stand:
+    """Card, services, probe and journal: what both worlds have."""
+
+    def __init__(
+        self,
+        consumers: Catalog,
+        totals_mib: Sequence[int] = (24000,),
+        *,
+        clock: Clock,
+        loads: Sequence[str] = (),
+        deferred: bool,
+    ) -> None:
+        self.catalog = consumers
+        self.clock = clock
+        self.card = SimulatedCard([SimulatedGpu(i, mib, f"GPU-{i}") for i, mib in enumerate(totals_mib)])
+        self.services: dict[str, Service] = {}
+        ports: dict[int, str] = {}
+        for port, of in enumerate(consumers.consumers.values(), 9001):
+            ports[port] = of.name
+            self.services[of.name] = Service(of, self.card, port, can_load=of.name in loads, deferred=deferred)
+        self.games = [Game(self.card, gpu) for gpu in range(len(totals_mib))]
+        self.probe = SimulatedProbe(self.card.state, ports, clock.monotonic)
+        self.journal = LedgerJournal()
+
+    @property
+    def dialects(self) -> Mapping[str, Dialect]:
+        return self.services
+
+    def settings(self, headroom_mib: int = HEADROOM_MIB, **lease: float) -> Settings:
+        return Settings(
+            file=Path("consumers.yaml"),
+            server=ServerSettings(),
+            gpu=GpuSettings(probe="simulated", headroom_mib=headroom_mib),
+            lease=LeaseSettings(**lease),
+            scheduling=SchedulingSettings(),
+            catalog=self.catalog,
+            consumers={},
+        )
+
+
+class World(Stand):
+    """The broker without its threads; ``clock`` is a ManualClock unless the test brings another."""
+
+    def __init__(
+        self,
+        consumers: Catalog,
+        totals_mib: Sequence[int] = (24000,),
+        *,
+        loads: Sequence[str] = (),
+        headroom_mib: int = HEADROOM_MIB,
+        clock: Clock | None = None,
+        move: Callable[[float], object] | None = None,
+        read_first: bool = True,
+        **lease: float,
+    ) -> None:
+        """``move`` lets that many seconds pass on ``clock``; with a ManualClock it is known."""
+        manual = ManualClock()
+        super().__init__(consumers, totals_mib, clock=clock or manual, loads=loads, deferred=True)
+        self._move = move if clock is not None else self._forward
+        self._manual = manual
+        self.callers: list[Caller] = []
+        self.preparations: dict[int, Preparation] = {}
+        self.stepping: int | None = None
+        self.each_instant: Callable[[], None] = lambda: None
+        self.broker = UnthreadedBroker(
+            self.settings(headroom_mib, **lease), self.probe, self.dialects, self.clock, self.journal, self.pause
+        )
+        if read_first:
+            self.broker.observe_card()
+
+    @property
+    def now(self) -> float:
+        return self.clock.monotonic()
+
+    def _forward(self, seconds: float) -> None:
+        self._manual.now += seconds
+
+    def pause(self, seconds: float) -> None:
+        """Where the evictor would sleep: the unload calls return, what they promised happens, callers wake."""
+        for thread in threading.enumerate():
+            if thread.name.startswith("unload-"):
+                thread.join(10)
+        for service in self.services.values():
+            service.settle()
+        self.pass_time(seconds)
+
+    # -- callers --------------------------------------------------------------------------------------------
+
+    def ask(self, name: str, **words: Any) -> Caller:
+        """An acquire, as far as its wait. Raises what the broker refuses at once."""
+        return self.acquire(Ask(consumer=name, **words))
+
+    def acquire(self, ask: Ask) -> Caller:
+        try:
+            lease = self.broker.acquire(ask)
+        except _Waits as waits:
+            caller = Caller(waits.ticket, waits.deadline)
+            self.callers.append(caller)
+            self.wake()
+            return caller
+        raise _HadIt(lease)
+
+    def wake(self) -> None:
+        """Every caller looks whether it has its answer or its time is over, as its thread does when woken."""
+        with self.broker.state.lock:
+            for caller in [c for c in self.callers if c.waits]:
+                self._look(caller)
+        self.callers = [c for c in self.callers if c.waits]
+
+    def _look(self, caller: Caller) -> None:
+        ticket = caller.ticket
+        if ticket.outcome is not None:
+            caller.answer = ticket.outcome
+        else:
+            limit = ticket.limit(caller.deadline)
+            if limit is None or limit > self.now:
+                return
+            caller.answer = self.broker._give_up(ticket)
+        caller.answered_at = self.now
+        ticket.callers -= 1
+
+    def pass_time(self, seconds: float, *, watchdog: bool = False) -> None:
+        """Instant by instant: every caller wakes on time, and so does the watchdog where it runs."""
+        end = self.now + seconds
+        self._at_this_instant(watchdog)
+        while (instant := self._next_instant(watchdog)) is not None and instant <= end:
+            self._move_to(instant)
+            self._at_this_instant(watchdog)
+        self._move_to(end)
+        self._at_this_instant(watchdog)
+
+    def _at_this_instant(self, watchdog: bool) -> None:
+        self.wake()
+        if watchdog:
+            self.broker.tick()
+            self.wake()
+        self.each_instant()
+
+    def _move_to(self, instant: float) -> None:
+        assert self._move is not None
+        if self.clock is self._manual:
+            self._manual.now = max(self._manual.now, instant)
+        else:
+            self._move(max(0.0, instant - self.now))
+
+    def _next_instant(self, watchdog: bool) -> float | None:
+        limits = [c.ticket.limit(c.deadline) for c in self.callers]
+        instants = [limit for limit in limits if limit is not None]
+        if watchdog:
+            instants += [lease.expires_at for lease in self.broker.state.leases]
+        return min((instant for instant in instants if instant > self.now), default=None)
+
+    # -- preparations ---------------------------------------------------------------------------------------
+
+    def begun(self) -> list[int]:
+        """The requests in preparation, oldest first; new ones are picked up as a preparation thread does."""
+        state = self.broker.state
+        with state.lock:
+            while state.begun:
+                ticket = state.begun.popleft()
+                self.preparations[ticket.seq] = Preparation(state, self.broker._world, ticket)
+        return sorted(self.preparations)
+
+    def step(self, seq: int) -> Step:
+        self.stepping = seq
+        try:
+            outcome = self.preparations[seq].step()
+        finally:
+            self.stepping = None
+        if outcome is Step.DONE:
+            del self.preparations[seq]
+        self.wake()
+        return outcome
+
+    def prepare(self, rounds: int = 50) -> None:
+        """Step every preparation until all of them are done or wait."""
+        for _ in range(rounds):
+            if all(self.step(seq) is Step.WAIT for seq in self.begun() if seq in self.preparations):
+                return
+        raise AssertionError("the preparations come to no end")
+
+    def grant(self, name: str, *, loaded: bool = False, **words: Any) -> Lease:
+        """Ask, prepare, and expect a lease; ``loaded``: its holder takes its memory at once."""
+        caller = self.ask(name, **words)
+        self.prepare()
+        if loaded:
+            self.services[name].take()
+        return caller.lease()
+
+    def refusal(self, name: str, **words: Any) -> GpumgrError:
+        """Ask, prepare, and expect an error."""
+        try:
+            caller = self.ask(name, **words)
+        except GpumgrError as error:
+            return error
+        self.prepare()
+        return caller.error()
+
+
+class _HadIt(Exception):
+    """``acquire`` answered at once with the lease that this request has already."""
+
+    def __init__(self, lease: Lease) -> None:
+        super().__init__("had it")
+        self.lease = lease
+
+
+HadIt = _HadIt
+
+
+class StartedWorld(Stand):
+    """A running broker on the in-memory card: real threads, real time."""
+
+    def __init__(
+        self,
+        consumers: Catalog,
+        totals_mib: Sequence[int] = (24000,),
+        *,
+        broker: type[Broker] = Broker,
+        headroom_mib: int = HEADROOM_MIB,
+        **lease: float,
+    ) -> None:
+        super().__init__(consumers, totals_mib, clock=SystemClock(), deferred=False)
+        self.broker = broker(
+            self.settings(headroom_mib, **lease), self.probe, self.dialects, self.clock, self.journal, time.sleep
+        )
+
+    def lease(self, name: str, **words: Any) -> Lease:
+        return self.broker.acquire(Ask(consumer=name, **words))
+
+    def waiting(self) -> list[str]:
+        """The consumers in the line, in order of arrival."""
+        with self.broker.state.lock:
+            return [entry.consumer for entry in self.broker.state.queue.waiting()]
+
+    def open_gates(self) -> None:
+        for service in self.services.values():
+            for gate in (service.unload_gate, service.health_gate):
+                if gate is not None:
+                    gate.set()
+
+
+@contextmanager
+def started(*consumers: Consumer, **settings: Any) -> Iterator[StartedWorld]:
+    world = StartedWorld(catalog(*consumers), **settings)
+    world.broker.start()
+    try:
+        yield world
+    finally:
+        world.open_gates()
+        world.broker.close()
+
+
+class Calling:
+    """One caller on a thread of its own."""
+
+    def __init__(self, world: StartedWorld, name: str, **words: Any) -> None:
+        self._ask = Ask(consumer=name, **words)
+        self._world = world
+        self.answer: Lease | GpumgrError | None = None
+        self.seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name=f"caller-{name}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        try:
+            self.answer = self._world.broker.acquire(self._ask)
+        except GpumgrError as error:
+            self.answer = error
+        self.seconds = time.monotonic() - began
+
+    @property
+    def waits(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def ident(self) -> int | None:
+        return self._thread.ident
+
+    def lease(self, within_seconds: float = 5.0) -> Lease:
+        self._thread.join(within_seconds)
+        assert isinstance(self.answer, Lease), self.answer
+        return self.answer
+
+    def error(self, within_seconds: float = 5.0) -> GpumgrError:
+        self._thread.join(within_seconds)
+        assert isinstance(self.answer, GpumgrError), self.answer
+        return self.answer
