@@ -134,8 +134,7 @@ def test_details_of_another_type_are_none(details: object) -> None:
     assert (came.message, came.details) == ("", {})
 
 
-# FAILS: the details become keyword arguments, and these two names are taken: TypeError in the holder instead of the
-# error. A "/" in the signature of GpumgrError.__init__ cures it.
+# Details are keyword arguments of the error's class, whose own parameters have names too.
 @pytest.mark.parametrize("name", ["message", "self"])
 def test_details_may_have_any_name(name: str) -> None:
     came = from_wire({"error": {"type": "gpumgr_error", "code": "queue_full", "message": "m", "details": {name: 1}}})

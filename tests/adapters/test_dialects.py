@@ -291,9 +291,7 @@ def test_ollama_unloads_every_model_by_name() -> None:
     ]
 
 
-# FAILS: Ollama.unload stops at the first model whose call fails (a name that was removed while it is loaded is a
-# 404), and asking again begins with the same one: the models behind it are never unloaded. It should ask for every
-# model and raise at the end.
+# A name that was removed while it is loaded is a 404; asking again begins with the same one.
 def test_ollama_unloads_the_other_models_where_one_fails() -> None:
     gone = says({"error": "model 'gone' not found"}, 404)
     with Wire([models("gone", "llama3.1:8b"), gone, says({"done_reason": "unload"})]) as wire:
@@ -671,9 +669,8 @@ ENDS_IN_TIME = [
     pytest.param(stalls(OK_HEAD), id="stops-in-the-head"),
     pytest.param(trickles(OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"), id="trickles-chunks"),
 ]
-# FAILS, each of them. The time limit of a call is given to requests, which applies it to every single read of the
-# socket and not to the call, and _body() looks at the clock only when 64 KiB have come (or a chunk has). So a call
-# may last for ever: with it the preparation, its GPU's turn, and the thread that observes everybody's health.
+# A time limit for each read of the socket would let these last for ever: and with them the preparation, its GPU's turn,
+# and the thread that observes everybody's health.
 NEVER_ENDS = [
     pytest.param(trickles(OK_HEAD + b"X-Slow: ", b"x"), id="trickles-a-header"),
     pytest.param(trickles(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), id="continues-for-ever"),
@@ -681,9 +678,8 @@ NEVER_ENDS = [
     pytest.param(trickles(OK_HEAD + b"\r\n", b"x"), id="trickles-a-body-until-closed"),
     pytest.param(trickles(OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"0"), id="trickles-a-chunks-size"),
 ]
-# FAILS: a read that times out in the middle of a body comes out of requests' iter_content as ConnectionError, not as
-# Timeout, and so becomes "unreachable". That is more than a wrong word: of an unreachable consumer the broker
-# believes that it holds nothing (runtime/preparation.py, ask_reports).
+# "unreachable" would be more than a wrong word here: of an unreachable consumer the broker believes that it holds nothing
+# (runtime/preparation.py, ask_reports).
 WRONG_REASON = [
     pytest.param(stalls(OK_HEAD + b"Content-Length: 10\r\n\r\n{}"), id="stops-in-a-body-of-known-length"),
     pytest.param(stalls(OK_HEAD + b"\r\n{}"), id="stops-in-a-body-until-closed"),
@@ -773,9 +769,8 @@ FAILS = [
         id="endless-chunks",
     ),
 ]
-# FAILS, both: json.loads raises RecursionError, which is no ValueError, and float() of a huge whole number raises
-# OverflowError. "Raises BackendError alone" is what ports.Dialect promises; in an unload thread it is a traceback
-# and a victim without a reason, in a preparation an internal_error.
+# RecursionError and OverflowError are no ValueErrors. "Raises BackendError alone" is what ports.Dialect promises: else it
+# is a traceback in an unload thread and a victim without a reason, and in a preparation an internal_error.
 NO_BACKEND_ERROR = [
     pytest.param(raw(OK_HEAD + b"Content-Length: 200000\r\n\r\n" + b"[" * 200_000), id="brackets-without-end"),
     pytest.param(raw(OK_HEAD + b"Content-Length: 406\r\n\r\n" + b'{"n":1' + b"0" * 399 + b"}"), id="a-huge-number"),
@@ -790,8 +785,6 @@ def test_an_answer_that_cannot_be_read_fails(script: Script) -> None:
     assert outcome.error.reason == "failed", outcome.error
 
 
-# FAILS, all but the last two: int() of what the report holds raises ValueError, TypeError or OverflowError instead of
-# BackendError.
 @pytest.mark.parametrize(
     "models",
     [
@@ -811,7 +804,6 @@ def test_ollama_whose_report_is_nonsense_fails(models: object) -> None:
     assert outcome.error.reason == "failed"
 
 
-# FAILS: int(inf) raises OverflowError, which ComfyUI.loaded does not expect.
 def test_comfyui_whose_report_is_infinite_has_none() -> None:
     with Wire([says({"devices": [{"torch_vram_total": float("inf")}]})]) as wire:
         assert timed(speak("comfyui", wire.url).loaded).error is None

@@ -232,8 +232,7 @@ def test_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
     lock.put_down()
 
 
-# FAILS: the mode given to open() counts only for a file that it makes; one that was there with more rights (restored
-# from a backup, touched by hand) keeps them. The contract: "state_dir is 0700, its files 0600".
+# The mode given to open() counts only for a file that it makes.
 @pytest.mark.parametrize("was", [0o644, 0o666])
 def test_a_file_that_was_there_wider_becomes_private(path: Path, was: int) -> None:
     path.touch()

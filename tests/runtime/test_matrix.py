@@ -238,11 +238,8 @@ def test_a_grant_is_proved_and_a_refusal_names_its_cause(
         assert outcome.seconds < FAULTS[fault].limit_seconds + 1.5
 
 
-# FAILS for ollama and "frees-only-half": the unload was not proved, but in the next round the service's own report says
-# that nothing is loaded, so it counts as not resident, the failed unload is forgotten (rule 4 of core/placement.py
-# looks at residents alone), and the target is granted beside the memory that was kept.
-# FAILS for comfyui and "hangs": its report hangs, so nothing is known of what it holds, and an unload of nothing is
-# proved before its call is answered (see test_evictor.py). The target is granted beside all of it.
+# Two that went wrong once: ollama that frees only half says in the next round that nothing is loaded, and a failed unload
+# was forgiven; of a ComfyUI that hangs nothing is known, and an unload of nothing was proved before it was answered.
 @pytest.mark.parametrize(("victim", "fault", "sight"), BLIND_CELLS)
 def test_where_the_driver_names_no_processes_free_memory_proves(
     outcomes: dict[Key, Future[Outcome]], victim: str, fault: str, sight: str
