@@ -36,6 +36,8 @@ CARD_EACH_SECONDS = 2.0
 HEALTH_EACH_SECONDS = 30.0
 HEALTH_IN_USE_EACH_SECONDS = 5.0
 LONGEST_SLEEP_SECONDS = 1.0
+FIRST_READING_SECONDS = 5.0
+STALE_READING_SECONDS = 10.0
 
 
 class Broker:
@@ -68,17 +70,17 @@ class Broker:
     # -- start and stop -------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Read the card once, then start the threads. The first reading resolves UUIDs and warns of consumers
-        that can never fit."""
+        """Start the threads; returns after the first reading of the card, which resolves UUIDs and warns of
+        consumers that can never fit, or without it where the driver hangs."""
         self.started_at = self.clock.utc()
-        self.observe_card()
+        self._card.start()
+        self.fresh_card(FIRST_READING_SECONDS)
         self._warn_of_misfits()
         for number, _ in enumerate(self.state.catalog.gpus):
             worker = threading.Thread(target=self._prepare_for_ever, name=f"prepare-{number}", daemon=True)
             self._workers.append(worker)
             worker.start()
         self._watchdog.start()
-        self._card.start()
         self._health.start()
         self.state.note("start", None, version=__version__)
         log.info("start version=%s bind=%s", __version__, self.settings.server.bind)
@@ -117,7 +119,11 @@ class Broker:
                 return ["the broker is shutting down"]
             if self.started_at is None:
                 return ["the broker has not started yet"]
-            return self.state.reading.problems(self.state.catalog.gpus)
+            reading = self.state.reading
+            age = self.clock.monotonic() - reading.read_at
+            if reading.error is None and age > STALE_READING_SECONDS:
+                return [f"the driver does not answer: the card was last read {age:.0f} s ago"]
+            return reading.problems(self.state.catalog.gpus)
 
     def _warn_of_misfits(self) -> None:
         with self.state.lock:

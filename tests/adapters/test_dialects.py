@@ -678,8 +678,8 @@ NEVER_ENDS = [
     pytest.param(trickles(OK_HEAD + b"\r\n", b"x"), id="trickles-a-body-until-closed"),
     pytest.param(trickles(OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"0"), id="trickles-a-chunks-size"),
 ]
-# "unreachable" would be more than a wrong word here: of an unreachable consumer the broker believes that it holds nothing
-# (runtime/preparation.py, ask_reports).
+# "unreachable" would be more than a wrong word here: of an unreachable consumer the broker believes that it holds
+# nothing (runtime/preparation.py, ask_reports).
 WRONG_REASON = [
     pytest.param(stalls(OK_HEAD + b"Content-Length: 10\r\n\r\n{}"), id="stops-in-a-body-of-known-length"),
     pytest.param(stalls(OK_HEAD + b"\r\n{}"), id="stops-in-a-body-until-closed"),
@@ -769,8 +769,8 @@ FAILS = [
         id="endless-chunks",
     ),
 ]
-# RecursionError and OverflowError are no ValueErrors. "Raises BackendError alone" is what ports.Dialect promises: else it
-# is a traceback in an unload thread and a victim without a reason, and in a preparation an internal_error.
+# RecursionError and OverflowError are no ValueErrors. "Raises BackendError alone" is what ports.Dialect promises: else
+# it is a traceback in an unload thread and a victim without a reason, and in a preparation an internal_error.
 NO_BACKEND_ERROR = [
     pytest.param(raw(OK_HEAD + b"Content-Length: 200000\r\n\r\n" + b"[" * 200_000), id="brackets-without-end"),
     pytest.param(raw(OK_HEAD + b"Content-Length: 406\r\n\r\n" + b'{"n":1' + b"0" * 399 + b"}"), id="a-huge-number"),

@@ -92,3 +92,24 @@ def test_without_a_driver_the_broker_serves_and_says_so(tmp_path: Path, stage: S
     assert error["code"] == "gpu_unreadable"
     assert "libnvidia-ml.so.1" in error["message"]
     assert "libnvidia-ml.so.1" in missing[0]
+
+
+def test_a_driver_that_hangs_delays_neither_start_nor_status_nor_expiry(
+    tmp_path: Path, stage: Stage, driver: StandInDriver
+) -> None:
+    config = stage.config()
+    config["gpu"] = {}
+    config["lease"] = {"min_ttl_seconds": 1, "max_prepare_seconds": 1}
+    with RunningBroker(tmp_path, config, driver.env()) as broker:
+        lease = broker.acquire(kind="image", ttl_seconds=1).json()
+        driver.delay_ms = 3_600_000
+        driver.write()
+        refused = broker.acquire(kind="llm", wait_seconds=5).json()["error"]
+        assert (refused["code"], refused["details"]["step"]) == ("prepare_timeout", "reading the card")
+        found = broker.status()
+        assert found["leases"] == []
+        assert [e["type"] for e in found["events"]].count("expire") == 1
+        assert broker.renew(lease["token"]).status_code == 404
+        driver.delay_ms = 0
+        driver.write()
+        until(lambda: broker.acquire(kind="llm").status_code == 200, 10)

@@ -238,8 +238,8 @@ def test_a_grant_is_proved_and_a_refusal_names_its_cause(
         assert outcome.seconds < FAULTS[fault].limit_seconds + 1.5
 
 
-# Two that went wrong once: ollama that frees only half says in the next round that nothing is loaded, and a failed unload
-# was forgiven; of a ComfyUI that hangs nothing is known, and an unload of nothing was proved before it was answered.
+# Two that went wrong once: ollama that frees only half says in the next round that nothing is loaded, and a failed
+# unload was forgiven; of a ComfyUI that hangs nothing is known, and an unload of nothing was proved before its answer.
 @pytest.mark.parametrize(("victim", "fault", "sight"), BLIND_CELLS)
 def test_where_the_driver_names_no_processes_free_memory_proves(
     outcomes: dict[Key, Future[Outcome]], victim: str, fault: str, sight: str
