@@ -1,0 +1,34 @@
+"""The configuration: YAML to frozen settings, or one sentence that names file, key and remedy.
+
+Nothing in the file is silently clamped or ignored. settings.py: the values; values.py: one value at a time; load.py:
+the file; predecessor.py: what keys of older files are called here.
+"""
+
+from gpumgr.config.load import load, load_file
+from gpumgr.config.settings import (
+    Call,
+    ConfigError,
+    ConsumerSettings,
+    GpuSettings,
+    LeaseSettings,
+    Report,
+    SchedulingSettings,
+    ServerSettings,
+    Settings,
+    origin_of,
+)
+
+__all__ = [
+    "Call",
+    "ConfigError",
+    "ConsumerSettings",
+    "GpuSettings",
+    "LeaseSettings",
+    "Report",
+    "SchedulingSettings",
+    "ServerSettings",
+    "Settings",
+    "load",
+    "load_file",
+    "origin_of",
+]

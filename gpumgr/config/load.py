@@ -1,0 +1,314 @@
+"""The file, section by section, to settings; or one sentence that names file, key and remedy.
+
+Owns: which keys there are, where, and what must hold between them. ``config/consumers.yaml`` is the reference of
+every key; a test holds the two together. Must not: start, open or probe anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gpumgr.config import values as check
+from gpumgr.config.settings import (
+    Call,
+    ConfigError,
+    ConsumerSettings,
+    GpuSettings,
+    LeaseSettings,
+    Report,
+    SchedulingSettings,
+    ServerSettings,
+    Settings,
+    origin_of,
+)
+from gpumgr.config.values import Section, StrictLoader
+from gpumgr.core.catalog import Catalog, Consumer, GpuRef
+
+DIALECTS = ("comfyui", "ollama", "http")
+NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+RESERVED_KINDS = frozenset(
+    {"lease", "leases", "status", "explain", "hold", "events", "models", "chat", "completions", "responses"}
+    | {"embeddings", "rerank", "messages", "audio", "images", "metrics", "health", "docs"}
+)
+
+
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings of ``GPUMGR_CONFIG`` (default ``config/consumers.yaml``), with ``GPUMGR_BIND`` and
+    ``GPUMGR_STATE_DIR`` over their keys. Raises: ConfigError."""
+    env = os.environ if environ is None else environ
+    return load_file(Path(env.get("GPUMGR_CONFIG") or "config/consumers.yaml"), env)
+
+
+def load_file(file: Path, environ: Mapping[str, str] | None = None) -> Settings:
+    """Raises: ConfigError, one sentence."""
+    try:
+        document = yaml.load(file.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506 - it is a SafeLoader
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}): name another file with GPUMGR_CONFIG") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: is not UTF-8 text: save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: is not YAML: {' '.join(str(error).split())}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    try:
+        return _settings(file, document, environ or {})
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _settings(file: Path, document: object, environ: Mapping[str, str]) -> Settings:
+    top = Section("", document)
+    server = _server(top.section("server"), environ)
+    gpu = _gpu(top.section("gpu"), file)
+    lease = _lease(top.section("lease"))
+    scheduling = _scheduling(top.section("scheduling"))
+    routing = top.section("routing")
+    consumers = top.need("consumers", Section, "name at least one service that uses the GPU")
+    top.done()
+    parsed = [_consumer(name, consumers) for name in consumers.names()]
+    if not parsed:
+        raise ConfigError("consumers is empty: name at least one service that uses the GPU")
+    catalog = Catalog({c.name: c for c, _ in parsed}, _routing(routing, [c.name for c, _ in parsed]))
+    _require_mutual(catalog)
+    _require_own_origins(s for _, s in parsed)
+    settings = {s.name: s for _, s in parsed}
+    return Settings(file, server, gpu, lease, scheduling, catalog, settings, tuple(_warnings(catalog, settings)))
+
+
+def _server(section: Section, environ: Mapping[str, str]) -> ServerSettings:
+    default = ServerSettings()
+    bind = section.take("bind", check.bind, default.bind)
+    state_dir = section.take("state_dir", check.text, str(default.state_dir))
+    threads = section.take("threads", check.whole(2), default.threads)
+    reserved = section.take("reserved_threads", check.whole(1), default.reserved_threads)
+    section.done()
+    if reserved >= threads:
+        raise ConfigError(
+            f"server.reserved_threads ({reserved}) must be less than server.threads ({threads}): "
+            "the rest are the places that may wait"
+        )
+    if environ.get("GPUMGR_BIND"):
+        bind = check.bind("GPUMGR_BIND", environ["GPUMGR_BIND"])
+    state_dir = environ.get("GPUMGR_STATE_DIR") or state_dir
+    return ServerSettings(bind, threads, reserved, Path(state_dir).expanduser())
+
+
+def _gpu(section: Section, file: Path) -> GpuSettings:
+    default = GpuSettings()
+    probe = section.take("probe", check.one_of("nvml", "simulated"), default.probe)
+    headroom = section.take("headroom_mib", check.whole(0), default.headroom_mib)
+    unreadable = section.take("when_unreadable", check.one_of("refuse"), default.when_unreadable)
+    card = section.take("simulated_card", check.text, "")
+    section.done()
+    if card and probe != "simulated":
+        raise ConfigError("gpu.simulated_card needs gpu.probe: simulated: set that, or remove this key")
+    return GpuSettings(probe, headroom, unreadable, file.parent / Path(card).expanduser() if card else None)
+
+
+def _lease(section: Section) -> LeaseSettings:
+    default = LeaseSettings()
+    settings = LeaseSettings(
+        min_ttl_seconds=section.take("min_ttl_seconds", check.seconds, default.min_ttl_seconds),
+        max_ttl_seconds=section.take("max_ttl_seconds", check.seconds, default.max_ttl_seconds),
+        default_ttl_seconds=section.take("default_ttl_seconds", check.seconds, default.default_ttl_seconds),
+        default_wait_seconds=section.take("default_wait_seconds", check.seconds_or_zero, default.default_wait_seconds),
+        max_wait_seconds=section.take("max_wait_seconds", check.seconds, default.max_wait_seconds),
+        max_prepare_seconds=section.take("max_prepare_seconds", check.seconds, default.max_prepare_seconds),
+    )
+    section.done()
+    if not settings.min_ttl_seconds <= settings.default_ttl_seconds <= settings.max_ttl_seconds:
+        raise ConfigError(
+            f"lease.default_ttl_seconds ({settings.default_ttl_seconds}) must lie between lease.min_ttl_seconds "
+            f"({settings.min_ttl_seconds}) and lease.max_ttl_seconds ({settings.max_ttl_seconds}): change one of them"
+        )
+    if settings.default_wait_seconds > settings.max_wait_seconds:
+        raise ConfigError(
+            f"lease.default_wait_seconds ({settings.default_wait_seconds}) must not be above lease.max_wait_seconds "
+            f"({settings.max_wait_seconds}): change one of them"
+        )
+    return settings
+
+
+def _scheduling(section: Section) -> SchedulingSettings:
+    default = SchedulingSettings()
+    policy = section.take("policy", check.one_of("fifo"), default.policy)
+    mode = section.take("mode", check.one_of("evicting"), default.mode)
+    section.done()
+    return SchedulingSettings(policy, mode)
+
+
+def _routing(section: Section, consumers: list[str]) -> dict[str, str]:
+    routing = {}
+    for kind in section.names():
+        _require_name("routing", "kind", kind)
+        if kind in RESERVED_KINDS:
+            raise ConfigError(f"routing.{kind}: this name is reserved for gpumgr's own routes: choose another kind")
+        target = section.need(kind, check.text, "")
+        if target not in consumers:
+            raise ConfigError(
+                f"routing.{kind} leads to {target!r}, which is not in consumers: "
+                f"choose one of {', '.join(sorted(consumers))}"
+            )
+        routing[kind] = target
+    return routing
+
+
+def _require_name(where: str, what: str, name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{where}.{name}: a {what} is a small letter and up to 31 small letters, digits, _ or -: rename it"
+        )
+
+
+def _consumer(name: str, consumers: Section) -> tuple[Consumer, ConsumerSettings]:
+    _require_name("consumers", "consumer's name", name)
+    section = consumers.section(name)
+    dialect = section.need("dialect", check.one_of(*DIALECTS), f"write one of {', '.join(DIALECTS)}")
+    url = section.need("url", check.url, "write its address, such as http://127.0.0.1:8188")
+    default_gpus: tuple[GpuRef, ...] = (0,)
+    gpus = section.take("gpus", check.gpu_refs, default_gpus)
+    no_texts: tuple[str, ...] = ()
+    settings = ConsumerSettings(
+        name=name,
+        dialect=dialect,
+        url=url,
+        health=_call(section, "health", default_timeout=None) or Call(),
+        unload=_call(section, "unload", default_timeout=None) or Call(),
+        load=_call(section, "load", default_timeout=None),
+        busy=_report(section, "busy"),
+        loaded=_report(section, "loaded"),
+        proxy_path=section.take("proxy_path", check.url_path, "") or None,
+        processes=section.take("processes", check.texts, no_texts),
+    )
+    consumer = Consumer(
+        name=name,
+        url=url,
+        public_url=section.take("public_url", check.url, url),
+        dialect=dialect,
+        gpus=gpus,
+        vram_resident_mib=_sizes(section, gpus),
+        residual_mib=section.take("residual_mib", check.whole(0), 768),
+        can_coexist_with=frozenset(section.take("can_coexist_with", check.texts, no_texts)),
+        max_concurrency=section.take("max_concurrency", check.whole(1), 1),
+        unload_timeout_seconds=settings.unload.timeout_seconds or 30,
+        load_timeout_seconds=(settings.load.timeout_seconds if settings.load else None) or 60,
+    )
+    section.done()
+    _require_whole_calls(settings)
+    return consumer, settings
+
+
+def _sizes(section: Section, gpus: tuple[GpuRef, ...]) -> tuple[int, ...]:
+    def sizes(where: str, value: Any) -> tuple[int, ...]:
+        if not isinstance(value, list):
+            return (check.whole(0)(where, value),) * len(gpus)
+        if len(value) != len(gpus):
+            raise ConfigError(
+                f"{where} lists {len(value)} sizes for {len(gpus)} GPUs: write one for each, or one number"
+            )
+        return tuple(check.whole(0)(f"{where}[{i}]", item) for i, item in enumerate(value))
+
+    return section.need("vram_resident_mib", sizes, "write how many MiB it holds when it is loaded")
+
+
+def _method(where: str, value: Any) -> str:
+    return check.one_of("GET", "POST", "PUT", "DELETE")(where, value)
+
+
+def _any(_where: str, value: Any) -> Any:
+    return value
+
+
+def _call(parent: Section, key: str, default_timeout: float | None) -> Call | None:
+    if not parent.has(key):
+        parent.section(key)
+        return None
+    section = parent.section(key)
+    call = Call(
+        method=section.take("method", _method, "") or None,
+        path=section.take("path", check.url_path, "") or None,
+        json=section.take("json", _any, None),
+        timeout_seconds=section.take("timeout_seconds", check.seconds, default_timeout or 0) or None,
+    )
+    section.done()
+    return call
+
+
+def _report(parent: Section, key: str) -> Report | None:
+    if not parent.has(key):
+        parent.section(key)
+        return None
+    section = parent.section(key)
+    report = Report(
+        path=section.need("path", check.url_path, "write the path to ask"),
+        json=section.need("json", check.text, "write which field of the answer tells it, such as running"),
+        above=section.take("above", check.number, 0.0),
+        timeout_seconds=section.take("timeout_seconds", check.seconds, 2.0),
+    )
+    section.done()
+    return report
+
+
+def _require_whole_calls(settings: ConsumerSettings) -> None:
+    """A call without a path would be ignored: only a dialect that has its own path may do without."""
+    where = f"consumers.{settings.name}"
+    for key, call in (("health", settings.health), ("unload", settings.unload), ("load", settings.load)):
+        if call is None or call.path is not None:
+            continue
+        if call.method is not None or call.json is not None:
+            raise ConfigError(f"{where}.{key} has a method or json without a path: write its path")
+        if key == "load" or (key == "unload" and settings.dialect == "http" and call.timeout_seconds is not None):
+            raise ConfigError(f"{where}.{key}.path is missing: write the path to call")
+    if settings.health.method not in (None, "GET") or settings.health.json is not None:
+        raise ConfigError(f"{where}.health is asked with GET and no body: remove method and json")
+
+
+def _require_mutual(catalog: Catalog) -> None:
+    for consumer in catalog.consumers.values():
+        for other in sorted(consumer.can_coexist_with):
+            where = f"consumers.{consumer.name}.can_coexist_with"
+            if other not in catalog.consumers:
+                raise ConfigError(f"{where} names {other!r}, which is not in consumers: remove it or add that consumer")
+            if other == consumer.name:
+                raise ConfigError(f"{where} names itself: remove it; max_concurrency says how many may share it")
+            if consumer.name not in catalog.consumers[other].can_coexist_with:
+                raise ConfigError(
+                    f"{where} names {other}, but not the other way round: add {consumer.name} to "
+                    f"consumers.{other}.can_coexist_with, or remove {other} here"
+                )
+
+
+def _require_own_origins(settings: Iterable[ConsumerSettings]) -> None:
+    owners: dict[tuple[str, str, int | None], str] = {}
+    for consumer in settings:
+        origin = origin_of(consumer.url)
+        if origin in owners:
+            raise ConfigError(
+                f"consumers.{consumer.name}.url has the same origin as consumers.{owners[origin]}.url: one service is "
+                "one consumer; route several kinds to it instead"
+            )
+        owners[origin] = consumer.name
+
+
+def _warnings(catalog: Catalog, settings: Mapping[str, ConsumerSettings]) -> Iterable[str]:
+    for name, consumer in settings.items():
+        if consumer.dialect == "http" and consumer.unload.path is None:
+            yield (
+                f"consumers.{name} has no unload call: once on the card it stays, and whoever may not coexist with it "
+                "is refused. Write unload: {path: …} if the service has one"
+            )
+        size, residual = min(catalog.consumers[name].vram_resident_mib), catalog.consumers[name].residual_mib
+        if 0 < size <= residual:
+            yield (
+                f"consumers.{name}.residual_mib ({residual}) is not below its vram_resident_mib ({size}): its unload "
+                "would count as proved before it gave anything back. Lower residual_mib"
+            )
+        if not catalog.kinds_of(name):
+            yield f"consumers.{name} has no kind in routing: it can be leased by consumer only"

@@ -1,0 +1,80 @@
+"""Keys of the Go predecessor's consumers.yaml, and of its neighbours in the field, and what each is called here.
+
+``vram_resident_mib``, ``can_coexist_with`` and ``routing`` are the same.
+"""
+
+from __future__ import annotations
+
+KEYS = {
+    # keys of the Go predecessor's consumers.yaml and of its neighbours in the field → ours
+    "base_url": "url",
+    "backend_url": "url",
+    "endpoint": "url",
+    "type": "dialect",
+    "backend": "dialect",
+    "kind": "dialect",
+    "adapter": "dialect",
+    "evict": "unload",
+    "evict_url": "unload: {path: …}",
+    "evict_path": "unload: {path: …}",
+    "evict_method": "unload: {method: …}",
+    "evict_body": "unload: {json: …}",
+    "evict_endpoint": "unload: {path: …}",
+    "eviction": "unload",
+    "evict_timeout": "unload: {timeout_seconds: …}",
+    "evict_timeout_seconds": "unload: {timeout_seconds: …}",
+    "unload_url": "unload: {path: …}",
+    "unload_path": "unload: {path: …}",
+    "health_url": "health: {path: …}",
+    "health_path": "health: {path: …}",
+    "health_check": "health: {path: …}",
+    "healthcheck": "health: {path: …}",
+    "health_timeout": "health: {timeout_seconds: …}",
+    "busy_path": "busy: {path: …}",
+    "proxy_url": "proxy_path",
+    "max_concurrent": "max_concurrency",
+    "concurrency": "max_concurrency",
+    "gpu_index": "gpus: [0]",
+    "gpu_ids": "gpus: [0]",
+    "device": "gpus: [0]",
+    "vram_mib": "vram_resident_mib",
+    "vram_mb": "vram_resident_mib",
+    "coexist_with": "can_coexist_with",
+    "process_name": "processes",
+    "process_names": "processes",
+    "process_patterns": "processes",
+    "listen": "server: {bind: …}",
+    "listen_addr": "server: {bind: …}",
+    "address": "server: {bind: …}",
+    "port": "server: {bind: host:port}",
+    "host": "server: {bind: host:port}",
+    "headroom_mib": "gpu: {headroom_mib: …}",
+    "vram_headroom_mib": "gpu: {headroom_mib: …}",
+    "safety_margin_mib": "gpu: {headroom_mib: …}",
+    "lease_ttl_seconds": "lease: {default_ttl_seconds: …}",
+    "lock_timeout_seconds": "lease: {default_wait_seconds: …}",
+    "queue_timeout_seconds": "lease: {default_wait_seconds: …}",
+    "routes": "routing",
+}
+
+
+WORDS = (
+    # what an unlisted key of such a file most likely meant: the word in it → our key, where that one exists
+    ("evict", "unload"),
+    ("unload", "unload"),
+    ("health", "health"),
+    ("busy", "busy"),
+    ("load", "load"),
+    ("vram", "vram_resident_mib"),
+    ("coexist", "can_coexist_with"),
+    ("process", "processes"),
+    ("gpu", "gpus"),
+    ("concurren", "max_concurrency"),
+    ("url", "url"),
+    ("ttl", "default_ttl_seconds"),
+    ("wait", "default_wait_seconds"),
+    ("headroom", "headroom_mib"),
+    ("timeout", "timeout_seconds"),
+    ("lease", "lease"),
+    ("gpu", "gpu"),
+)

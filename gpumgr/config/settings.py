@@ -1,0 +1,109 @@
+"""The settings as values: what the rest of gpumgr sees of the configuration.
+
+Owns: every key's name, type and default. Must not: read a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from gpumgr.core.catalog import Catalog
+
+
+class ConfigError(Exception):
+    """The start stops with this sentence: it names file, key and remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    bind: str = "127.0.0.1:8770"
+    threads: int = 128
+    reserved_threads: int = 16
+    state_dir: Path = Path("~/.local/state/gpumgr")
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSettings:
+    probe: str = "nvml"
+    headroom_mib: int = 512
+    when_unreadable: str = "refuse"
+    simulated_card: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseSettings:
+    min_ttl_seconds: float = 10
+    max_ttl_seconds: float = 600
+    default_ttl_seconds: float = 120
+    default_wait_seconds: float = 120
+    max_wait_seconds: float = 600
+    max_prepare_seconds: float = 120
+
+    def clamp_ttl(self, seconds: float) -> float:
+        return min(max(seconds, self.min_ttl_seconds), self.max_ttl_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulingSettings:
+    policy: str = "fifo"
+    mode: str = "evicting"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP call to a consumer. None: the dialect's own."""
+
+    method: str | None = None
+    path: str | None = None
+    json: Any = None
+    timeout_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A GET whose JSON answer holds a number or a truth at the dotted path ``json``; true above ``above``."""
+
+    path: str
+    json: str
+    above: float = 0
+    timeout_seconds: float = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerSettings:
+    """How a consumer is spoken to and recognised; what the rules need of it is in the catalog."""
+
+    name: str
+    dialect: str
+    url: str
+    health: Call = Call()
+    unload: Call = Call()
+    load: Call | None = None
+    busy: Report | None = None
+    loaded: Report | None = None
+    proxy_path: str | None = None
+    processes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    file: Path
+    server: ServerSettings
+    gpu: GpuSettings
+    lease: LeaseSettings
+    scheduling: SchedulingSettings
+    catalog: Catalog
+    consumers: Mapping[str, ConsumerSettings]
+    warnings: tuple[str, ...] = field(default=())
+
+
+def origin_of(url: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port, with the loopback's names as one."""
+    parts = urlsplit(url)
+    host = (parts.hostname or "").lower()
+    host = "127.0.0.1" if host in ("localhost", "::1") or host.startswith("127.") else host
+    return parts.scheme, host, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
