@@ -43,7 +43,8 @@ accesslog = None
 
 
 def when_ready(arbiter):  # type: ignore[no-untyped-def]
-    """`--workers 2` on the command line, or SIGTTIN, would grant the GPU twice."""
+    """A second worker would grant the GPU twice: neither `--workers 2` nor a signal brings one."""
+    server.ignore_worker_count_signals()
     if arbiter.cfg.workers != 1:
         arbiter.log.error("gpumgr needs exactly one worker, not %s: remove --workers", arbiter.cfg.workers)
         arbiter.halt(exit_status=2)

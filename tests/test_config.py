@@ -56,7 +56,7 @@ def test_defaults(tmp_path: Path) -> None:
     comfyui = settings.catalog.consumers["comfyui"]
     assert (comfyui.gpus, comfyui.vram_resident_mib, comfyui.residual_mib) == ((0,), (14000,), 768)
     assert (comfyui.max_concurrency, comfyui.public_url, comfyui.can_coexist_with) == (1, comfyui.url, frozenset())
-    assert (comfyui.unload_timeout_seconds, comfyui.load_timeout_seconds) == (30, 60)
+    assert comfyui.unload_timeout_seconds == 30
     assert settings.server.bind == "127.0.0.1:8770"
     assert (settings.gpu.probe, settings.gpu.headroom_mib) == ("nvml", 512)
 

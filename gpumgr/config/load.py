@@ -198,7 +198,6 @@ def _consumer(name: str, consumers: Section) -> tuple[Consumer, ConsumerSettings
         can_coexist_with=frozenset(section.take("can_coexist_with", check.texts, no_texts)),
         max_concurrency=section.take("max_concurrency", check.whole(1), 1),
         unload_timeout_seconds=settings.unload.timeout_seconds or 30,
-        load_timeout_seconds=(settings.load.timeout_seconds if settings.load else None) or 60,
     )
     section.done()
     _require_whole_calls(settings)

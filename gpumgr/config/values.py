@@ -170,6 +170,7 @@ def url(where: str, value: Any) -> str:
     try:
         parts = urlsplit(written)
         port = parts.port
+        (parts.hostname or "").encode("idna")
     except ValueError as error:
         raise ConfigError(f"{where} is not a URL ({error}): write it as http://127.0.0.1:8188") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or any(c.isspace() for c in written):

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+UNEXPLAINED_MIB = 1024
+"""More than drivers keep for themselves."""
+
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
@@ -42,6 +45,13 @@ class GpuReading:
     @property
     def untracked(self) -> tuple[GpuProcess, ...]:
         return tuple(p for p in self.processes if p.consumer is None)
+
+    @property
+    def hides_processes(self) -> bool:
+        """Whether somebody may be on it whom the list does not tell from others: a stranger, or memory that no listed
+        process explains (a container without the host's pids sees an empty list)."""
+        listed = sum(process.used_mib or 0 for process in self.processes)
+        return bool(self.untracked) or self.used_mib - listed > UNEXPLAINED_MIB
 
     def held_mib(self, consumer: str) -> int | None:
         """MiB that the consumer's processes hold here; None where the driver does not say."""

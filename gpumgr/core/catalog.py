@@ -30,7 +30,6 @@ class Consumer:
     can_coexist_with: frozenset[str] = frozenset()
     max_concurrency: int = 1
     unload_timeout_seconds: float = 30.0
-    load_timeout_seconds: float = 60.0
 
     def needs_mib(self, gpu: GpuRef) -> int:
         """Declared MiB on this GPU; 0 where it does not use it."""
@@ -66,9 +65,7 @@ class Catalog:
         return [kind for kind, name in self.routing.items() if name == consumer]
 
     def share_gpu(self, a: str, b: str) -> bool:
-        """Also where it cannot be told yet: a UUID that is not resolved may be the card of any index."""
-        ours, theirs = set(self.consumers[a].gpus), set(self.consumers[b].gpus)
-        return not ours.isdisjoint(theirs) or _mixed(ours, theirs) or _mixed(theirs, ours)
+        return overlap(self.consumers[a].gpus, self.consumers[b].gpus)
 
     def may_coexist(self, a: str, b: str) -> bool:
         """Whether both may have memory on one GPU at a time. A consumer coexists with itself."""
@@ -100,6 +97,12 @@ class Catalog:
             for name, c in self.consumers.items()
         }
         return replace(self, consumers=consumers)
+
+
+def overlap(some: Iterable[GpuRef], others: Iterable[GpuRef]) -> bool:
+    """Whether a GPU is among both, or may be: a UUID that is not resolved may be the card of any index."""
+    ours, theirs = set(some), set(others)
+    return not ours.isdisjoint(theirs) or _mixed(ours, theirs) or _mixed(theirs, ours)
 
 
 def _mixed(some: set[GpuRef], others: set[GpuRef]) -> bool:

@@ -14,7 +14,8 @@ Must not: unload, probe, wait or know a clock.
 5. It fits: grant.
 6. It does not: unload the least recently used idle resident, one at a time.
 7. Nobody idle is left, but it would fit once the consumers in use are done: wait.
-8. Before any refusal the target itself, where idle, is unloaded and the card read once more.
+8. Before any refusal whatever may still help is tried once: idle consumers that hold little (what stayed after an
+   earlier unload, which may have become more), then the target itself where it is idle; and the card is read again.
 9. Refuse: ``eviction_failed`` where what the victims kept would cover the shortfall, else ``insufficient_vram``.
 
 Fit, on each of the target's GPUs:
@@ -72,6 +73,8 @@ class Victim:
     still_held_mib: int
     seconds: float = 0.0
     reason: KeptReason | None = None
+    asked: bool = True
+    """Whether it has an unload call at all."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,8 @@ def decide(target: Consumer, view: View) -> Decision:
         return Refuse(unreadable(target, problems))
     if impossible(target, view):  # 2
         return Refuse(insufficient(target, view))
+    if target.name in view.leaving:
+        return Wait("preparing")  # an unload call of its own is still on its way
     excluded = _excluded_residents(target, view)
     if any(name in view.leaving for name in excluded):
         return Wait("preparing")  # somebody else is unloading it right now: look at what comes of that
@@ -166,6 +171,9 @@ def _make_room(target: Consumer, view: View) -> Decision:
             return Unload((name,), required=False)
     if would_fit_later(target, view):  # 7
         return Wait("vram", shortfall_mib(target, view))
+    little = _little_ones(target, view)
+    if little:
+        return Unload(little, required=False)
     return _before_refusing(target, view) or Refuse(kept_or_insufficient(target, view))
 
 
@@ -196,6 +204,16 @@ def _kept(other: Consumer, view: View) -> bool:
     """4: its unload failed, and the driver does not say that it has nothing any more."""
     gone = all(h.exact and h.resident is False for h in (view.held(other.name, gpu) for gpu in other.gpus))
     return other.name in view.failed() and not gone
+
+
+def _little_ones(target: Consumer, view: View) -> tuple[str, ...]:
+    """Idle consumers below what counts as resident, where all of theirs together would make the difference."""
+    gpu = _to_blame(target, view)
+    tried = {victim.consumer for victim in view.tried}
+    untouchable = tried | view.in_use | view.leaving
+    idle = [c for c in _others(target, view) if gpu in c.gpus and c.name not in untouchable]
+    holding = {c.name: view.held(c.name, gpu).held_mib for c in idle if view.held(c.name, gpu).held_mib > 0}
+    return tuple(holding) if sum(holding.values()) >= _shortfall_on(target, view, gpu) else ()
 
 
 def _idle_residents(target: Consumer, view: View) -> list[str]:
@@ -354,8 +372,10 @@ def eviction_failed(target: Consumer, view: View, kept: Sequence[Victim]) -> Evi
 
 
 def _kept_words(victim: Victim) -> str:
+    if not victim.asked:
+        return f"has no unload call configured and holds {victim.still_held_mib} MiB"
     words = {
-        "kept": "answered its unload and kept",
+        "kept": "was asked to unload and kept",
         "busy": "is still computing and holds",
         "hung": "did not answer its unload and holds",
         "unreachable": "could not be reached for its unload and holds",

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from gpumgr.core.catalog import Catalog, Consumer, GpuRef
+from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
 
 
 class Phase(StrEnum):
@@ -144,8 +144,8 @@ class Queue:
         begun = []
         slots = self._slots()
         for entry in self._policy.turns(self._line, self._holds.values(), self.catalog):
-            gpus = self._slots_of(entry.consumer)
-            free = slots.isdisjoint(gpus)
+            gpus = set(self.catalog.consumers[entry.consumer].gpus)
+            free = not overlap(slots, gpus)
             slots |= gpus  # 5: also where it must wait, so that nobody behind it goes first
             if free and entry.consumer not in self._unloading:  # 4
                 begun.append(self._hold(entry))
@@ -158,12 +158,7 @@ class Queue:
         return hold
 
     def _slots(self) -> set[GpuRef]:
-        preparing = (hold.consumer for hold in self._holds.values() if hold.phase is Phase.PREPARING)
-        return {slot for consumer in preparing for slot in self._slots_of(consumer)}
-
-    def _slots_of(self, consumer: str) -> set[GpuRef]:
-        """5: its GPUs; while one name of a GPU is not resolved any two may be one card: one slot for all."""
-        return {"any"} if self.catalog.unresolved else set(self.catalog.consumers[consumer].gpus)
+        return {gpu for hold in self._holds.values() if hold.phase is Phase.PREPARING for gpu in hold.gpus}
 
     # -- out of service -----------------------------------------------------------------------------------
 
@@ -198,6 +193,11 @@ class Queue:
         """How many waiting requests this hold alone would be enough to keep waiting."""
         return sum(len(queued) for name, queued in self._line.items() if self._holds_up(hold, name))
 
+    def behind(self, hold: Hold) -> int:
+        """How many waiting requests keep their place because of this preparation alone."""
+        names = (name for name in self._line if overlap(self.catalog.consumers[name].gpus, hold.gpus))
+        return sum(len(self._line[name]) for name in names)
+
     def _holds_up(self, hold: Hold, consumer: str) -> bool:
         if consumer == hold.consumer:
             return len(self.holds_of(consumer)) >= self.catalog.consumers[consumer].max_concurrency
@@ -227,11 +227,11 @@ class Queue:
         """The holders that a request for this consumer waits for, oldest first: those it conflicts with, and those
         that are being prepared on a GPU of its own."""
         full = len(self.holds_of(consumer.name)) >= consumer.max_concurrency
-        slots = self._slots_of(consumer.name)
+        slots = set(consumer.gpus)
         return [
             hold
             for hold in self._holds.values()
             if (hold.consumer == consumer.name and full)
             or self.catalog.exclude(consumer.name, hold.consumer)
-            or (hold.phase is Phase.PREPARING and not slots.isdisjoint(self._slots_of(hold.consumer)))
+            or (hold.phase is Phase.PREPARING and overlap(slots, hold.gpus))
         ]

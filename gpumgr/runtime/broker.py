@@ -21,7 +21,7 @@ from gpumgr.core.catalog import Consumer
 from gpumgr.core.lease import EndReason, Lease, require_same
 from gpumgr.core.placement import View, impossible, insufficient
 from gpumgr.core.queue import Fifo, Phase
-from gpumgr.errors import GpumgrError, LeaseUnknown, ShuttingDown
+from gpumgr.errors import GpumgrError, InternalError, LeaseUnknown, ShuttingDown
 from gpumgr.runtime.evictor import Evictor
 from gpumgr.runtime.ports import BackendError, Clock, Dialect, Journal, Probe
 from gpumgr.runtime.preparation import Preparation, World
@@ -60,7 +60,7 @@ class Broker:
         self._probe = probe
         self._dialects = dialects
         evictor = Evictor(probe, dialects, clock, pause)
-        self._world = World(probe, dialects, evictor, journal, clock, self._refused)
+        self._world = World(probe, dialects, evictor, journal, clock)
         self._workers: list[threading.Thread] = []
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._card = Rounds("observe-card", self.observe_card)
@@ -123,7 +123,10 @@ class Broker:
             age = self.clock.monotonic() - reading.read_at
             if reading.error is None and age > STALE_READING_SECONDS:
                 return [f"the driver does not answer: the card was last read {age:.0f} s ago"]
-            return reading.problems(self.state.catalog.gpus)
+            dead = [worker.name for worker in self._workers if not worker.is_alive()]
+            return [f"the thread {name} is dead: restart gpumgr" for name in dead] + reading.problems(
+                self.state.catalog.gpus
+            )
 
     def _warn_of_misfits(self) -> None:
         with self.state.lock:
@@ -237,7 +240,10 @@ class Broker:
             for lease in over:
                 self._begin_end(lease, EndReason.EXPIRED)
         for lease in over:
-            self._finish_end(lease, "expire")
+            try:
+                self._finish_end(lease, "expire")
+            except Exception:  # one that cannot be ended must not keep the others
+                log.exception("a lease could not be ended lease_id=%s", lease.lease_id)
         return len(over)
 
     def _begin_end(self, lease: Lease, reason: EndReason) -> None:
@@ -262,12 +268,6 @@ class Broker:
             self.state.advance()
         log.info("%s consumer=%s %s", event, lease.consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
 
-    def _refused(self, ticket: Ticket, error: GpumgrError) -> None:
-        with self.state.lock:
-            self.state.refuse(ticket, error)
-            # In the same breath: whoever reads the refusal and asks again must not meet its own old preparation.
-            self.state.abandon(ticket)
-
     # -- threads --------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
@@ -291,7 +291,13 @@ class Broker:
                         return
                     self.state.work.wait()
                 ticket = self.state.begun.popleft()
-            Preparation(self.state, self._world, ticket).run()
+            try:
+                Preparation(self.state, self._world, ticket).run()
+            except Exception:
+                log.exception("a preparation broke; its thread goes on")
+                with self.state.lock:
+                    self.state.settle(ticket, InternalError("gpumgr failed while preparing; its log has the traceback"))
+                    self.state.abandon(ticket)
 
     def observe_card(self) -> float:
         """Read the card for status; the seconds until the next look."""
@@ -326,6 +332,9 @@ class Broker:
                     dialect.health()
                 except BackendError as failure:
                     error = str(failure)
+                except Exception:  # a defect of one dialect must not hide the health of the others
+                    log.exception("health failed consumer=%s", name)
+                    error = "gpumgr failed to ask; its log has the traceback"
                 with self.state.lock:
                     self.state.note_health(name, error)
         return HEALTH_IN_USE_EACH_SECONDS / 2

@@ -8,9 +8,16 @@ Owns: the unload calls and the proof. Must not: choose victims or hold the broke
     +1 s …    a dialect that loses calls, or a call that failed, is asked again each second
     limit     whoever has not given back is a failed victim, with the reason
 
-A 200 proves nothing: only the card does. And where the card has nothing to show (nobody knows what the victim held,
-or it held no more than its residual from the start), an unload call that was answered is asked for besides: a
-model that is just being loaded looks as small as one that is gone.
+A 200 proves nothing: only the card does. Three cases beside the plain one:
+
+- It held no more than its residual from the start: that is given back by definition, but a model that is just being
+  loaded looks the same. So the call must have been answered and the number stand still, or the limit be reached.
+- Nobody knows what it holds: the call must have been answered, or refused by a machine where nobody listens.
+- The driver does not name its processes, so that free memory must tell: such victims go one after the other, as one
+  rise cannot prove two.
+
+A victim is back in service when it is judged and none of its calls is running any more: a late one would unload what
+its next holder has just loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ from dataclasses import dataclass, field
 from gpumgr.core.card import Reading
 from gpumgr.core.catalog import Consumer, GpuRef
 from gpumgr.core.placement import Holding, KeptReason, Victim, given_back
-from gpumgr.runtime.ports import BackendError, BackendReason, Clock, Dialect, Probe
+from gpumgr.runtime.ports import BackendError, Clock, Dialect, Probe
 
 log = logging.getLogger(__name__)
 
@@ -37,20 +44,24 @@ SETTLE_SECONDS = 0.5
 
 @dataclass
 class _Unload:
-    """One victim's unload under way. ``error`` and ``calling`` are written by the calling thread alone."""
+    """One victim's unload under way. ``error`` and ``answered`` are written by the calling thread alone; ``calling``
+    and ``judged`` together say whether it may serve again, and are guarded by the evictor."""
 
     consumer: Consumer
     dialect: Dialect
+    back: Callable[[str], None]
     before: Mapping[GpuRef, Holding]
     free_before: Mapping[GpuRef, int]
     started_at: float
     asked_at: float = 0.0
     calling: bool = False
     answered: bool = False
-    error: BackendReason | None = None
+    error: BackendError | None = None
     proved_at: float | None = None
     done_at: float | None = None
+    judged: bool = False
     still: dict[GpuRef, int] = field(default_factory=dict)
+    still_since: float = 0.0
 
     @property
     def limit(self) -> float:
@@ -64,9 +75,8 @@ class _Unload:
         return any(holding.held_mib > self.consumer.residual_mib for holding in self.before.values())
 
     @property
-    def absent(self) -> bool:
-        """Nobody listens where nothing is known: a service that does not run holds nothing."""
-        return self.error == "unreachable" and not any(holding.held_mib for holding in self.before.values())
+    def exact(self) -> bool:
+        return all(holding.exact for holding in self.before.values())
 
     @property
     def held_mib(self) -> int:
@@ -83,27 +93,77 @@ class Evictor:
         self._dialects = dialects
         self._clock = clock
         self._pause = pause
+        self._guard = threading.Lock()
 
     def unload(
-        self, victims: Sequence[Consumer], holdings: Mapping[tuple[str, GpuRef], Holding], reading: Reading
+        self,
+        victims: Sequence[Consumer],
+        holdings: Mapping[tuple[str, GpuRef], Holding],
+        reading: Reading,
+        back: Callable[[str], None] = lambda _: None,
     ) -> list[Victim]:
-        """Unload these and wait for the proof; one Victim for each, in order. Returns after the slowest one's
-        ``unload.timeout_seconds`` at the latest (plus one read of the card)."""
+        """Unload these and wait for the proof; one Victim for each, in order. ``back`` is told each one's name once,
+        when it may serve again: at the latest when this returns, or from a thread of its own when its call ends.
+
+        Returns after the slowest one's ``unload.timeout_seconds`` at the latest, plus one read of the card and one
+        busy report (those whom the driver does not name go one after the other).
+        """
+        known = {victim.name: self._known(victim, holdings) for victim in victims}
+        named = [v for v in victims if all(holding.exact for holding in known[v.name].values())]
+        groups = ([named] if named else []) + [[v] for v in victims if v not in named]
+        verdicts: dict[str, Victim] = {}
+        waiting = [victim.name for victim in victims]
+        try:
+            for number, group in enumerate(groups):
+                before = reading if number == 0 else self._probe.read()
+                for verdict in self._together(group, known, before, back, waiting):
+                    verdicts[verdict.consumer] = verdict
+        finally:
+            for name in waiting:
+                back(name)
+        return [verdicts[victim.name] for victim in victims]
+
+    @staticmethod
+    def _known(victim: Consumer, holdings: Mapping[tuple[str, GpuRef], Holding]) -> dict[GpuRef, Holding]:
+        return {gpu: holdings.get((victim.name, gpu), Holding(0)) for gpu in victim.gpus}
+
+    def _together(
+        self,
+        group: Sequence[Consumer],
+        known: Mapping[str, Mapping[GpuRef, Holding]],
+        reading: Reading,
+        back: Callable[[str], None],
+        waiting: list[str],
+    ) -> list[Victim]:
         now = self._clock.monotonic()
         unloads = [
             _Unload(
                 consumer=victim,
                 dialect=self._dialects[victim.name],
-                before={gpu: holdings.get((victim.name, gpu), Holding(0)) for gpu in victim.gpus},
+                back=back,
+                before=known[victim.name],
                 free_before=_free(victim, reading),
                 started_at=now,
+                still_since=now,
             )
-            for victim in victims
+            for victim in group
         ]
         for unload in unloads:
+            waiting.remove(unload.consumer.name)  # from here on its unload sees to it
             self._ask(unload, now)
-        self._watch(unloads)
-        return [self._verdict(unload) for unload in unloads]
+        try:
+            self._watch(unloads)
+            return [self._verdict(unload) for unload in unloads]
+        finally:
+            for unload in unloads:
+                self._judge(unload)
+
+    def _judge(self, unload: _Unload) -> None:
+        with self._guard:
+            unload.judged = True
+            serves = not unload.calling
+        if serves:
+            unload.back(unload.consumer.name)
 
     def _ask(self, unload: _Unload, now: float) -> None:
         if not unload.dialect.can_unload:
@@ -118,13 +178,17 @@ class Evictor:
         try:
             unload.dialect.unload(within_seconds)
         except BackendError as error:
-            unload.error = error.reason
+            unload.error = error
             log.warning("unload call failed consumer=%s reason=%s: %s", unload.consumer.name, error.reason, error)
         else:
             unload.error = None
             unload.answered = True
         finally:
-            unload.calling = False
+            with self._guard:
+                unload.calling = False
+                serves = unload.judged
+            if serves:
+                unload.back(unload.consumer.name)
 
     def _watch(self, unloads: Sequence[_Unload]) -> None:
         start = self._clock.monotonic()
@@ -153,11 +217,16 @@ class Evictor:
         held = {gpu: _held(unload.consumer, gpu, reading) for gpu in unload.consumer.gpus}
         free = _free(unload.consumer, reading)
         risen = {gpu: free[gpu] - unload.free_before.get(gpu, 0) for gpu in unload.consumer.gpus}
-        unload.still = {gpu: _still(unload.before[gpu], held[gpu], risen[gpu]) for gpu in held}
+        still = {gpu: _still(unload.before[gpu], held[gpu], risen[gpu]) for gpu in held}
+        if still != unload.still:
+            unload.still, unload.still_since = still, now
         if not given_back(unload.consumer, unload.before, held, risen):
             return False
-        if not (unload.shows or unload.answered or unload.absent):
-            return False
+        if not unload.exact and not unload.held_mib:
+            return unload.answered or (unload.error is not None and unload.error.refused)
+        if not unload.shows:
+            rests = now - unload.still_since >= SETTLE_SECONDS
+            return (unload.answered and rests) or now >= unload.limit
         unload.proved_at = now if unload.proved_at is None else unload.proved_at
         gone = {gpu: unload.before[gpu].held_mib - unload.still[gpu] for gpu in held}
         lagging = any(risen[gpu] < 0.9 * gone[gpu] for gpu in held)
@@ -171,12 +240,14 @@ class Evictor:
             still_held_mib=sum(unload.still.values()) if unload.still else unload.held_mib,
             seconds=round(end - unload.started_at, 3),
             reason=None if unload.done_at is not None else self._why(unload),
+            asked=unload.dialect.can_unload,
         )
 
     def _why(self, unload: _Unload) -> KeptReason:
-        if unload.error == "unreachable":
+        reason = unload.error.reason if unload.error is not None else None
+        if reason == "unreachable":
             return "unreachable"
-        if unload.calling or unload.error == "hung":
+        if unload.calling or reason == "hung":
             return "hung"
         try:
             return "busy" if unload.dialect.busy() else "kept"

@@ -38,11 +38,13 @@ class BackendError(Exception):
     """A consumer's server did not do what was asked.
 
     ``reason``: ``unreachable`` (no connection), ``hung`` (no answer in time), ``failed`` (an answer that says no).
+    ``refused``: the machine itself says that nobody listens there, so that nobody can hold anything.
     """
 
-    def __init__(self, reason: BackendReason, message: str) -> None:
+    def __init__(self, reason: BackendReason, message: str, *, refused: bool = False) -> None:
         super().__init__(message)
         self.reason = reason
+        self.refused = refused
 
 
 class Dialect(Protocol):

@@ -2,7 +2,8 @@
 
 Owns: the order of the steps and putting the lock down for each. Must not: choose (core/placement.py does).
 
-    1. health    the target serves: a success at most 5 s old counts (skipped where loading starts the service)
+    1. health    the target serves: a success at most 5 s old counts, so that this is asked again after a long step or
+                 wait (not before the load where loading starts the service)
     2. look      read the card; ask those whose memory the driver does not tell
     3. decide    under the lock, from what was just read
          unload  victims leave service under the lock, lock down, unload with proof, back to 2
@@ -19,12 +20,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 from gpumgr.core.card import Reading
 from gpumgr.core.lease import Lease
-from gpumgr.core.placement import Decision, Grant, Refuse, Report, Unload, Wait, decide
+from gpumgr.core.placement import Decision, Grant, Refuse, Report, Unload, Victim, Wait, decide
 from gpumgr.core.queue import Phase, WaitingFor
 from gpumgr.errors import ConsumerUnhealthy, GpumgrError, InternalError
 from gpumgr.runtime.evictor import Evictor
@@ -61,8 +62,6 @@ class World:
     evictor: Evictor
     journal: Journal
     clock: Clock
-    refused: Callable[[Ticket, GpumgrError], None]
-    """Write down and answer a refusal; called with the lock down."""
 
 
 class Preparation:
@@ -73,8 +72,8 @@ class Preparation:
         self._target = ticket.consumer
         self._dialect = world.dialects[ticket.consumer.name]
         self._seen = -1
-        self._served = False
         self._loaded = False
+        self._load_called = False
 
     def run(self) -> None:
         """To the grant, to a refusal, or to nothing where nobody waits any more. Never raises."""
@@ -86,29 +85,39 @@ class Preparation:
 
     def step(self) -> Step:
         """One look at the world and what follows from it; blocks for as long as that takes. Never raises."""
+        error: GpumgrError | None = None
         try:
             outcome = self._step()
         except _Gone:
             outcome = Step.DONE
-        except GpumgrError as error:
-            self._world.refused(self._ticket, error)
-            outcome = Step.DONE
+        except GpumgrError as refusal:
+            outcome, error = Step.DONE, refusal
         except Exception:
             log.exception("preparation failed consumer=%s", self._target.name)
-            self._world.refused(self._ticket, InternalError("gpumgr failed while preparing; its log has the traceback"))
-            outcome = Step.DONE
+            outcome, error = Step.DONE, InternalError("gpumgr failed while preparing; its log has the traceback")
         if outcome is Step.DONE:
-            self._leave()
+            self._end(error)
         return outcome
 
-    def _leave(self) -> None:
+    def _end(self, error: GpumgrError | None) -> None:
+        """Granted, or refused, or nobody waits any more. What is not granted frees its turn: in the same breath as the
+        refusal, as whoever asks again must not meet its own old preparation; but after a load call only when the
+        memory it may have brought is gone again."""
         with self._state.lock:
-            self._state.abandon(self._ticket)
+            if error is not None:
+                self._state.refuse(self._ticket, error)
+            if not self._load_called:
+                self._state.abandon(self._ticket)
+                return
+            granted = isinstance(self._ticket.outcome, Lease)
+        if not granted:
+            self._undo_load()
+            with self._state.lock:
+                self._state.abandon(self._ticket)
 
     def _step(self) -> Step:
-        if not self._served and not self._dialect.load_starts_service:
+        if not self._dialect.load_starts_service or self._load_called:
             self._require_health()
-        self._served = True
         ends, reading, reports = self._look()
         with self._state.lock:
             self._require_wanted()
@@ -120,7 +129,7 @@ class Preparation:
         if isinstance(decision, Wait):
             return Step.WAIT
         if isinstance(decision, Unload):
-            self._unload(decision, reading, reports)
+            self._unload(decision.consumers, reading, reports)
         elif self._must_load():
             self._load()
         else:
@@ -131,6 +140,7 @@ class Preparation:
     def _decide(self, reading: Reading, reports: Mapping[str, Report]) -> Decision:
         """3, with the lock held: what follows from the decision begins before the lock is put down."""
         state = self._state
+        self._target = self._ticket.consumer = state.catalog.consumers[self._target.name]
         if self._ticket.waiting_for is not None and self._world.clock.monotonic() >= self._ticket.deadline:
             raise scheduler_timeout(state, self._ticket)
         state.note_reading(reading)
@@ -214,36 +224,34 @@ class Preparation:
         with self._state.lock:
             self._require_wanted()
             self._state.note_reading(reading)
-            self._target = self._ticket.consumer = self._state.catalog.consumers[self._target.name]
             names = self._state.untold(self._target, reading)
         return ends, reading, ask_reports(names, self._world.dialects)
 
     # -- 3 --------------------------------------------------------------------------------------------------
 
-    def _unload(self, decision: Unload, reading: Reading, reports: Mapping[str, Report]) -> None:
+    def _unload(self, victims: Sequence[str], reading: Reading, reports: Mapping[str, Report]) -> None:
+        """They were taken out of service under the lock that decided it; the evictor puts each one back."""
         state = self._state
-        victims = [state.catalog.consumers[name] for name in decision.consumers]
         with state.lock:
             holdings = state.holdings(reading, reports)
-        outcome = []
-        after = reading
-        try:
-            outcome = self._world.evictor.unload(victims, holdings, reading)
-            after = self._world.probe.read()
-        finally:
-            with state.lock:
-                for name in decision.consumers:
-                    state.queue.put_back(name)
-                for victim in outcome:
-                    state.note_victim(victim, after)
-                self._ticket.tried.extend(outcome)
-                state.advance()
+            consumers = [state.catalog.consumers[name] for name in victims]
+        outcome = self._world.evictor.unload(consumers, holdings, reading, self._back_in_service)
+        after = self._world.probe.read()
+        with state.lock:
+            for victim in outcome:
+                state.note_victim(victim, after)
+            self._ticket.tried.extend(outcome)
         for victim in outcome:
             self._tell(victim)
 
-    def _tell(self, victim: object) -> None:
-        facts = dataclasses.asdict(victim)  # type: ignore[call-overload]
-        consumer, reason = facts.pop("consumer"), facts.pop("reason")
+    def _back_in_service(self, name: str) -> None:
+        with self._state.lock:
+            self._state.queue.put_back(name)
+            self._state.advance()
+
+    def _tell(self, victim: Victim) -> None:
+        facts = dataclasses.asdict(victim)
+        consumer, reason, _ = facts.pop("consumer"), facts.pop("reason"), facts.pop("asked")
         facts["for"] = self._target.name
         if reason is not None:
             facts["reason"] = reason
@@ -258,7 +266,11 @@ class Preparation:
 
     def _load(self) -> None:
         name = self._target.name
-        self._set_step(f"loading {name}")
+        with self._state.lock:
+            self._require_wanted()
+            self._ticket.step = f"loading {name}"
+            self._state.note_loading(name)
+        self._load_called = True
         try:
             self._dialect.load()
         except BackendError as failure:
@@ -274,6 +286,15 @@ class Preparation:
                 consumer=name,
                 cause=error,
             )
+
+    def _undo_load(self) -> None:
+        """Its load was asked for and nobody gets it: the server may still be loading. The promise stands until the
+        card shows it gone; where that cannot be had, the next preparation meets it as a resident."""
+        reading = self._world.probe.read()
+        with self._state.lock:
+            self._ticket.step = f"unloading {self._target.name} again"
+            self._state.queue.take_out(self._target.name)
+        self._unload([self._target.name], reading, {})
 
     # -- 5 --------------------------------------------------------------------------------------------------
 
@@ -314,13 +335,13 @@ class Preparation:
 
 
 def ask_reports(names: list[str], dialects: Mapping[str, Dialect]) -> dict[str, Report]:
-    """Their own word on what they hold. One that cannot be reached holds nothing; one that hangs is loading."""
+    """Their own word on what they hold. One that does not run holds nothing; of one that fails nothing is known."""
     reports = {}
     for name in names:
         try:
             report = dialects[name].loaded()
         except BackendError as error:
-            report = Report(loaded=False, used_mib=0) if error.reason == "unreachable" else None
+            report = Report(loaded=False, used_mib=0) if error.refused else None
         if report is not None:
             reports[name] = report
     return reports

@@ -5,9 +5,10 @@ Owns: their words and facts. Must not: decide that time has run out. Called with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from gpumgr.core.catalog import GpuRef, overlap
 from gpumgr.core.queue import Hold
 from gpumgr.errors import PrepareTimeout, SchedulerTimeout
 
@@ -45,10 +46,17 @@ def scheduler_timeout(state: State, ticket: Ticket) -> SchedulerTimeout:
 
 
 def _waited_for(state: State, ticket: Ticket) -> list[Hold]:
-    if ticket.waiting_for is None:
-        return [hold for hold in state.queue.blockers(ticket.consumer) if hold.seq != ticket.seq]
-    shared = set(ticket.consumer.gpus)
-    return [h for h in state.queue.holds.values() if h.seq != ticket.seq and not shared.isdisjoint(h.gpus)]
+    """Those it conflicts with; and where one of them, or itself, waits inside its preparation: whom that waits for."""
+    if ticket.waiting_for is not None:
+        return _beside(state, ticket.seq, ticket.consumer.gpus)
+    found = [hold for hold in state.queue.blockers(ticket.consumer) if hold.seq != ticket.seq]
+    inside = {waiting.seq for waiting in state.inside}
+    further = [h for hold in found if hold.seq in inside for h in _beside(state, hold.seq, hold.gpus)]
+    return list({hold.seq: hold for hold in [*found, *further] if hold.seq != ticket.seq}.values())
+
+
+def _beside(state: State, seq: int, gpus: Iterable[GpuRef]) -> list[Hold]:
+    return [hold for hold in state.queue.holds.values() if hold.seq != seq and overlap(gpus, hold.gpus)]
 
 
 def _facts(state: State, hold: Hold) -> dict[str, Any]:

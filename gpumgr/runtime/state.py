@@ -16,7 +16,7 @@ from typing import Any
 
 from gpumgr.config import LeaseSettings
 from gpumgr.core.card import Reading
-from gpumgr.core.catalog import Catalog, Consumer, GpuRef
+from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
 from gpumgr.core.lease import Lease, LeaseBook, RequestKey
 from gpumgr.core.placement import Holding, Report, Victim, View, assess, promised_mib
 from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
@@ -91,6 +91,7 @@ class State:
             request=ask.request,
             entered_at=now,
             deadline=deadline,
+            prepare_seconds=self._lease.max_prepare_seconds,
             woken=threading.Condition(self.lock),
             stirred=threading.Condition(self.lock),
         )
@@ -146,8 +147,8 @@ class State:
         while begun := self.queue.begin():
             late = [ticket for hold in begun if not self._begin(ticket := self.tickets[hold.seq], now)]
             for ticket in late:
-                self.refuse(ticket, scheduler_timeout(self, ticket))
                 self.queue.leave(ticket.seq)
+                self.refuse(ticket, scheduler_timeout(self, ticket))
             if not late:
                 break
         self.changes += 1
@@ -211,7 +212,7 @@ class State:
                     consumer,
                     ref,
                     driver_mib=None if gpu is None else gpu.held_mib(consumer.name),
-                    attributable=remembered.recognised or (gpu is not None and not gpu.untracked),
+                    attributable=remembered.recognised or (gpu is not None and not gpu.hides_processes),
                     report=reports.get(consumer.name),
                     used_since_unload=remembered.used_since_unload,
                     leftover_mib=remembered.leftover_mib.get(ref, 0),
@@ -236,8 +237,8 @@ class State:
             for ref in set(consumer.gpus) & set(target.gpus):
                 gpu = reading.gpu(ref)
                 held = None if gpu is None else gpu.held_mib(consumer.name)
-                strangers = gpu is not None and bool(gpu.untracked)
-                if held is None or (held == 0 and strangers and not self.memory[consumer.name].recognised):
+                hidden = gpu is not None and gpu.hides_processes
+                if held is None or (held == 0 and hidden and not self.memory[consumer.name].recognised):
                     names.append(consumer.name)
                     break
         return names
@@ -259,6 +260,17 @@ class State:
             for process in gpu.processes:
                 if process.consumer in self.memory:
                     self.memory[process.consumer].recognised = True
+        self._lower_leftovers(reading)
+
+    def _lower_leftovers(self, reading: Reading) -> None:
+        """An unload is proved while memory is still falling: what stays is the least that is seen afterwards."""
+        for name, remembered in self.memory.items():
+            if remembered.used_since_unload is False and not self.queue.holds_of(name):
+                for ref, mib in remembered.leftover_mib.items():
+                    gpu = reading.gpu(ref)
+                    held = None if gpu is None else gpu.held_mib(name)
+                    if held is not None:
+                        remembered.leftover_mib[ref] = min(mib, held)
 
     def _note_problems(self, problems: list[str]) -> None:
         if problems:
@@ -284,11 +296,15 @@ class State:
         remembered.checked = self._clock.monotonic()
         remembered.checked_at = self._clock.utc()
 
+    def note_loading(self, consumer: str) -> None:
+        """Whatever becomes of its load call, from now on it may hold memory, and readings before it are old."""
+        self.ends += 1
+        self.memory[consumer].used_since_unload = True
+
     def note_used(self, consumer: str) -> None:
         """A grant of it has ended: it may have left memory behind."""
-        self.ends += 1
+        self.note_loading(consumer)
         remembered = self.memory[consumer]
-        remembered.used_since_unload = True
         remembered.last_used = self._clock.monotonic()
         remembered.last_used_at = self._clock.utc()
 
@@ -317,8 +333,8 @@ class State:
         hold = self.queue.holds.get(lease.seq)
         if hold is None or hold.phase is not Phase.LIVE:
             return 0
-        inside = sum(1 for ticket in self.inside if set(ticket.consumer.gpus) & set(hold.gpus))
-        return self.queue.held_up_by(hold) + inside
+        inside = [self.queue.holds[t.seq] for t in self.inside if overlap(t.consumer.gpus, hold.gpus)]
+        return self.queue.held_up_by(hold) + sum(1 + self.queue.behind(waiting) for waiting in inside)
 
 
 def rfc3339(at: datetime) -> str:

@@ -43,6 +43,7 @@ class Ticket:
     request: RequestKey | None
     entered_at: float
     deadline: float
+    prepare_seconds: float
     woken: threading.Condition
     stirred: threading.Condition
     callers: int = 0
@@ -67,4 +68,6 @@ class Ticket:
         """Until when a caller with this deadline waits; None: the answer is being written down."""
         if self.granting:
             return None
-        return self.prepare_limit if self.preparing else deadline
+        if self.prepare_limit is None or self.waiting_for is not None:
+            return deadline
+        return min(self.prepare_limit, deadline + self.prepare_seconds)  # a caller who joined may have been first

@@ -14,6 +14,7 @@ def create_app(broker: Broker) -> Flask:
     app = Flask("gpumgr.web", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]  # the contract's order reads better
     app.url_map.strict_slashes = True
+    app.url_map.merge_slashes = False  # a path with two slashes is not found; a redirect would repeat a token in it
     server = broker.settings.server
     app.register_blueprint(leases.routes(broker, Places(server.threads - server.reserved_threads)))
     app.register_blueprint(status.routes(broker))

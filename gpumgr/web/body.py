@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flask import Request
+from gunicorn.http.errors import ParseException
 
 from gpumgr.core.lease import RequestKey
 from gpumgr.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
@@ -18,6 +19,8 @@ from gpumgr.runtime.ticket import Ask
 
 LARGEST_BODY_BYTES = 64 * 1024
 LONGEST_LABEL = 128
+BODY_STALLS_SECONDS = 5.0
+"""A body that stands still would hold a thread for ever, and renew has only the reserved ones."""
 ACQUIRE_FIELDS = ("kind", "consumer", "ttl_seconds", "wait_seconds", "holder", "request_id")
 RENEW_FIELDS = ("ttl_seconds",)
 
@@ -58,7 +61,18 @@ def _raw(request: Request) -> bytes:
     """The body, refused as soon as it is known to be too large, whatever its headers claim."""
     if (request.content_length or 0) > LARGEST_BODY_BYTES:
         raise _too_large()
-    raw = request.stream.read(LARGEST_BODY_BYTES + 1)
+    sock = request.environ.get("gunicorn.socket")
+    try:
+        if sock is not None:
+            sock.settimeout(BODY_STALLS_SECONDS)
+        raw = request.stream.read(LARGEST_BODY_BYTES + 1)
+    except TimeoutError:
+        raise InvalidRequest(f"no byte of the body came for {BODY_STALLS_SECONDS:g} s") from None
+    except (OSError, ParseException):
+        raise InvalidRequest("the body ended before it was whole, or its chunks cannot be read") from None
+    finally:
+        if sock is not None:
+            sock.settimeout(None)
     if len(raw) > LARGEST_BODY_BYTES:
         raise _too_large()
     return bytes(raw)

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import logging.handlers
 import os
+import queue
 import re
 import resource
 import signal
@@ -32,7 +34,11 @@ from gpumgr.runtime.broker import Broker
 log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
+TOKEN = re.compile(r"(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{32}(?![A-Za-z0-9_-])")
+"""As `secrets.token_urlsafe(24)` writes it, wherever it stands."""
 TOKEN_IN_PATH = re.compile(r"(/v1/lease/)[^/\s?\"']+(/renew)?[^\s\"']*")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+LOG_LINES_KEPT = 1000
 
 _master: dict[str, Any] = {}
 """This process's lock and the settings it runs on. A process has one state directory, whatever is imported how
@@ -102,6 +108,13 @@ def raise_descriptor_limit() -> int:
     return 65536 if soft == resource.RLIM_INFINITY else soft
 
 
+def ignore_worker_count_signals() -> None:
+    """SIGTTIN would start a second worker, which ends the broker when it does not get the lock; SIGTTOU would end
+    the only one. In the master."""
+    for number in (signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def die_with_master() -> None:
     """In the worker, just after the fork: a master that is killed takes the worker along, so that the next one
     finds the port and the lock free (measured: 0.17 s to serving again, 7 s without)."""
@@ -123,33 +136,79 @@ def start_worker(broker: Broker, wait_seconds: float) -> None:
     lock.take(wait_seconds)
     _master["worker_lock"] = lock
     broker.start()
+    stopping = _SignalThread(broker.stop)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-        _chain(number, broker.stop)
+        stopping.chain(number)
 
 
 def _log_to_stderr() -> None:
     """One line per change of state, beside gunicorn's own; systemd adds the time."""
     ours = logging.getLogger("gpumgr")
     if not ours.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[%(asctime)s] [%(threadName)s] [%(levelname)s] %(message)s"))
+        stderr = logging.StreamHandler()
+        stderr.setFormatter(logging.Formatter("[%(asctime)s] [%(threadName)s] [%(levelname)s] %(message)s"))
+        handler = DroppingHandler(queue.Queue(LOG_LINES_KEPT))
+        logging.handlers.QueueListener(handler.queue, stderr).start()
         ours.addHandler(handler)
         ours.setLevel(logging.INFO)
         ours.propagate = False
 
 
-def _chain(number: signal.Signals, stop: Callable[[], None]) -> None:
-    previous = signal.getsignal(number)
+class DroppingHandler(logging.handlers.QueueHandler):
+    """Hands lines to a thread that writes them. Nobody else ever waits for stderr: a pipe that nobody drains (a
+    stalled journald, a pager) would stop renews and expiries. What does not fit is dropped, and the next line that
+    does says how many were."""
 
-    def handler(signum: int, frame: FrameType | None) -> None:
-        # A helper thread takes the lock: the main thread may hold it at this very moment.
-        thread = threading.Thread(target=stop, name="stop", daemon=True)
-        thread.start()
-        thread.join(0.5)
-        if callable(previous):
-            previous(signum, frame)
+    dropped = 0
 
-    signal.signal(number, handler)
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            if self.dropped:
+                record.msg = f"{record.msg} ({self.dropped} lines before this one were dropped)"
+            self.queue.put_nowait(record)
+            self.dropped = 0
+        except queue.Full:
+            self.dropped += 1
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """A holder's label or a process's name must not begin a line of its own."""
+        prepared: logging.LogRecord = super().prepare(record)
+        if not prepared.exc_text and record.exc_info is None:
+            prepared.msg = prepared.message = CONTROL.sub(_escaped, prepared.getMessage())
+        return prepared
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found.group().encode("unicode_escape").decode()
+
+
+class _SignalThread:
+    """Runs ``stop`` when a signal comes. The thread is there before the signal: starting one inside a handler can
+    wait for a lock that the interrupted main thread holds, as gunicorn's main loop starts threads itself."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
+        self._read, self._write = os.pipe()
+        self._done = threading.Event()
+        threading.Thread(target=self._run, name="stop", daemon=True).start()
+
+    def _run(self) -> None:
+        os.read(self._read, 1)
+        try:
+            self._stop()
+        finally:
+            self._done.set()
+
+    def chain(self, number: signal.Signals) -> None:
+        previous = signal.getsignal(number)
+
+        def handler(signum: int, frame: FrameType | None) -> None:
+            os.write(self._write, b"x")
+            self._done.wait(0.5)
+            if callable(previous):
+                previous(signum, frame)
+
+        signal.signal(number, handler)
 
 
 class TokenlessLogger(Logger):  # type: ignore[misc]  # gunicorn has no types
@@ -164,6 +223,6 @@ class TokenlessLogger(Logger):  # type: ignore[misc]  # gunicorn has no types
 
 
 def _without_token(record: logging.LogRecord) -> bool:
-    record.msg = TOKEN_IN_PATH.sub(r"\1[token]\2", record.getMessage())
+    record.msg = TOKEN.sub("[token]", TOKEN_IN_PATH.sub(r"\1[token]\2", record.getMessage()))
     record.args = None
     return True

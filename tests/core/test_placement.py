@@ -139,7 +139,7 @@ def test_4_one_that_kept_its_memory_refuses_though_the_target_would_fit() -> Non
     assert error.details["victims"] == [
         {"consumer": "hear", "held_mib": 2000, "still_held_mib": 2000, "reason": "kept"}
     ]
-    assert "hear answered its unload and kept 2000 of 2000 MiB" in error.message
+    assert "hear was asked to unload and kept 2000 of 2000 MiB" in error.message
 
 
 def test_4_one_that_gave_back_late_is_no_reason_any_more() -> None:

@@ -289,7 +289,7 @@ class Backend:
             self.hangs.wait(30)
             raise BackendError("hung", "no answer")
         if self.fails is not None and (not self.fails_first or len(self.asked_at) <= self.fails_first):
-            raise BackendError(self.fails, "it does not")
+            raise BackendError(self.fails, "it does not", refused=self.fails == "unreachable")
         if len(self.asked_at) > self.loses and self.falls_after is not None and self._falls_at is None:
             self._falls_at = self.clock.now + self.falls_after
 
@@ -597,11 +597,28 @@ def test_nothing_known_of_a_service_that_does_not_run_is_nothing(bench: Bench) -
 
 
 def test_small_from_the_start_is_no_proof_before_an_answer(bench: Bench) -> None:
-    """A model that is just being loaded looks as small as one that is gone, and its server does not answer."""
+    """A model that is just being loaded looks as small as one that is gone, and its server does not answer. At the
+    limit it has given back by definition: it must not block everybody for a context."""
     backend = bench.backend(fails="hung")
     backend.take(400)
     (victim,) = bench.unload(victim_of(backend, 1.0))
-    assert victim.reason == "hung"
+    assert (victim.reason, victim.seconds) == (None, 1.0)
+
+
+def test_small_from_the_start_and_still_falling_is_not_done_yet(bench: Bench) -> None:
+    backend = bench.backend(falls_to_mib=700, ask_again_seconds=None)
+    backend.take(700)
+    bench.at[0.3] = lambda: backend.take(550)
+    bench.at[0.6] = lambda: backend.take(400)
+    (victim,) = bench.unload(victim_of(backend, 5.0))
+    assert (victim.reason, victim.still_held_mib) == (None, 400)
+
+
+def test_small_without_an_unload_call_blocks_nobody(bench: Bench) -> None:
+    backend = bench.backend(can_unload=False)
+    backend.take(400)
+    (victim,) = bench.unload(victim_of(backend, 5.0))
+    assert (victim.reason, victim.seconds) == (None, 0.0)
 
 
 # -- free memory that lags behind ---------------------------------------------------------------------------

@@ -94,9 +94,10 @@ def _connected(url: str, until: float, asked: str, timeout_seconds: float) -> ht
     except TimeoutError:
         connection.close()
         raise _hung(asked, timeout_seconds) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a host that cannot be encoded
         connection.close()
-        raise BackendError("unreachable", f"{url} cannot be reached ({error.strerror or error})") from None
+        said = f"{url} cannot be reached ({getattr(error, 'strerror', None) or error})"
+        raise BackendError("unreachable", said, refused=isinstance(error, ConnectionRefusedError)) from None
     connection.sock.settimeout(timeout_seconds)
     return connection
 
