@@ -172,6 +172,7 @@ class Broker:
         if not view.reading.problems(consumer.gpus) and impossible(consumer, view):
             refusal = insufficient(consumer, view)
             self.state.note("refuse", consumer.name, holder=ask.holder, code=refusal.code, waited_seconds=0.0)
+            log.info("refuse consumer=%s holder=%s code=%s: %s", consumer.name, ask.holder, refusal.code, refusal)
             raise refusal
         ticket = self.state.enter(ask, consumer, now, deadline)
         self.state.advance(now)

@@ -1,7 +1,8 @@
 """Everything the one lock guards, and the moves on it.
 
 Owns: the lock, the queue, the leases, the tickets, and what is remembered of each consumer. Must not: do I/O,
-wait, or decide what the core decides. Every method but the constructor is called with ``lock`` held.
+wait, or decide what the core decides. Every method that changes something is called with ``lock`` held; ``note``,
+``shown``, ``waited`` and ``held`` need it not.
 """
 
 from __future__ import annotations
@@ -323,7 +324,7 @@ class State:
         return round(self._clock.monotonic() - lease.granted_at, 3)
 
     def note(self, event: str, consumer: str | None, **facts: Any) -> dict[str, Any]:
-        """Remember an event for status. The one method that needs no lock: appending to a deque is atomic."""
+        """Remember an event for status; appending to a deque is atomic."""
         noted = {"at": rfc3339(self._clock.utc()), "type": event, "consumer": consumer, **facts}
         self.events.append(noted)
         return noted
