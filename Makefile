@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: setup demo run test lint type format bench clean
+.PHONY: setup install demo run test lint type format bench clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gpumgr needs python3 >= 3.11: make PYTHON=python3.11"; exit 1; }
@@ -24,8 +24,10 @@ $(VENV)/.dev: $(BIN)/python $(SOURCES)
 
 setup: $(VENV)/.dev            ## everything for working on gpumgr
 
+install: $(VENV)/.server       ## only what running it needs, into .venv
+
 demo: $(VENV)/.server          ## the story on a simulated card, in the terminal; Ctrl-C ends it
-	@$(BIN)/gpumgr demo
+	@$(BIN)/gpumgr demo || [ $$? -eq 130 ]
 
 run: $(VENV)/.server           ## the broker on config/consumers.yaml
 	@exec $(BIN)/gunicorn -c config/gunicorn.conf.py wsgi:app

@@ -20,10 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return demo(stay=not chosen.exit)
     except ImportError as error:
         print(
-            f"gpumgr {chosen.command} needs the extra `server` ({error}): pip install 'gpumgr[server]'", file=sys.stderr
+            f"gpumgr {chosen.command} needs more than the client ({error}): install gpumgr with its extra `server`",
+            file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
         return 130
 
 

@@ -69,7 +69,8 @@ class HeldLease:
 
     @property
     def fence(self) -> int:
-        """Larger than that of every lease before; useful where what the job writes to checks it."""
+        """Larger than that of every lease before in this life of the broker; useful where what the job writes to
+        checks it."""
         return int(self.grant["fence"])
 
     @property

@@ -115,6 +115,9 @@ def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
         ({"consumers": {}, "routing": {}}, ["consumers is empty"]),
         ({"consumers": ["comfyui"]}, ["consumers must be a mapping"]),
         ({"consumers.comfyui.base_url": "x"}, ["base_url", "now written url"]),
+        ({"consumers.whisper.vram_resident": 1, "consumers.whisper.vram_resident_mib": None}, ["now written vram_res"]),
+        ({"consumers.whisper.base_url": "x", "consumers.whisper.url": None}, ["base_url", "now written url"]),
+        ({"consumers.whisper.kind": "stt"}, ["consumers.whisper.kind", "routing: {KIND: CONSUMER}"]),
         ({"consumers.whisper.evict_url": "x"}, ["evict_url", "now written unload: {path: …}"]),
         ({"listen": ":8770"}, ["listen", "server: {bind: …}"]),
     ],
@@ -128,10 +131,11 @@ def test_refusals(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> 
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("a: [", "is not YAML"),
+        ("a: [", "is not YAML in line"),
         ("server: {}\nserver: {}\n", "line 2: the key 'server' stands twice"),
         ("1: 2\n", "must be a text"),
-        ("", "must be a mapping"),
+        ("", "the file is empty"),
+        ("server:\n\tbind: x\n", "in line 2, column 1"),
         ("- a\n", "must be a mapping"),
     ],
 )

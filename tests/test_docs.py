@@ -8,6 +8,7 @@ import pytest
 
 from gpumgr import config, errors
 from gpumgr.core.queue import WaitingFor
+from gpumgr.web.problems import ROUTES
 from gpumgr.wiring import build
 from tests.brokers import ROOT
 
@@ -53,6 +54,7 @@ def test_every_route_is_documented() -> None:
     for rule in app.url_map.iter_rules():
         path = re.sub(r"<(\w+)>", r"{\1}", rule.rule)
         assert path in API, f"{path} is not in docs/api.md"
+        assert any(route.endswith(f" {path}") for route in ROUTES), f"{path} is not among what a 404 lists"
 
 
 @pytest.mark.parametrize("reason", list(WaitingFor))

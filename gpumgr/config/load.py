@@ -50,17 +50,26 @@ def load_file(file: Path, environ: Mapping[str, str] | None = None) -> Settings:
     try:
         document = yaml.load(file.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506 - it is a SafeLoader
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}): name another file with GPUMGR_CONFIG") from None
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}): is its path right?") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{file}: is not UTF-8 text: save it as UTF-8") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{file}: {_not_yaml(error)}") from None
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     try:
         return _settings(file, document, environ or {})
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
+
+
+def _not_yaml(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or "cannot be read"
+    if mark is None:
+        return f"is not YAML: {' '.join(str(error).split())}"
+    hint = ": YAML indents with spaces, not tabs" if "\\t" in problem else ""
+    return f"is not YAML in line {mark.line + 1}, column {mark.column + 1}: {problem}{hint}"
 
 
 def _settings(file: Path, document: object, environ: Mapping[str, str]) -> Settings:
@@ -76,6 +85,7 @@ def _settings(file: Path, document: object, environ: Mapping[str, str]) -> Setti
     if not parsed:
         raise ConfigError("consumers is empty: name at least one service that uses the GPU")
     catalog = Catalog({c.name: c for c, _ in parsed}, _routing(routing, [c.name for c, _ in parsed]))
+    _require_known_neighbours(catalog)
     _require_mutual(catalog)
     _require_own_origins(s for _, s in parsed)
     settings = {s.name: s for _, s in parsed}
@@ -123,6 +133,11 @@ def _lease(section: Section) -> LeaseSettings:
         max_prepare_seconds=section.take("max_prepare_seconds", check.seconds, default.max_prepare_seconds),
     )
     section.done()
+    if settings.min_ttl_seconds > settings.max_ttl_seconds:
+        raise ConfigError(
+            f"lease.min_ttl_seconds ({settings.min_ttl_seconds}) must not be above lease.max_ttl_seconds "
+            f"({settings.max_ttl_seconds}): change one of them"
+        )
     if not settings.min_ttl_seconds <= settings.default_ttl_seconds <= settings.max_ttl_seconds:
         raise ConfigError(
             f"lease.default_ttl_seconds ({settings.default_ttl_seconds}) must lie between lease.min_ttl_seconds "
@@ -269,12 +284,17 @@ def _require_whole_calls(settings: ConsumerSettings) -> None:
         raise ConfigError(f"{where}.health is asked with GET and no body: remove method and json")
 
 
+def _require_known_neighbours(catalog: Catalog) -> None:
+    for consumer in catalog.consumers.values():
+        for other in sorted(consumer.can_coexist_with - set(catalog.consumers)):
+            where = f"consumers.{consumer.name}.can_coexist_with"
+            raise ConfigError(f"{where} names {other!r}, which is not in consumers: remove it or add that consumer")
+
+
 def _require_mutual(catalog: Catalog) -> None:
     for consumer in catalog.consumers.values():
         for other in sorted(consumer.can_coexist_with):
             where = f"consumers.{consumer.name}.can_coexist_with"
-            if other not in catalog.consumers:
-                raise ConfigError(f"{where} names {other!r}, which is not in consumers: remove it or add that consumer")
             if other == consumer.name:
                 raise ConfigError(f"{where} names itself: remove it; max_concurrency says how many may share it")
             if consumer.name not in catalog.consumers[other].can_coexist_with:

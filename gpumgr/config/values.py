@@ -19,6 +19,9 @@ from gpumgr.core.catalog import GpuRef
 
 T = TypeVar("T")
 
+ALIKE = 0.75
+"""How alike two keys must be for one to be a slip of the other."""
+
 LARGEST_NUMBER = 1e12
 """Larger seconds or limits are a slip, and infinity and NaN are none."""
 
@@ -48,8 +51,10 @@ class Section:
     """One mapping of the file. Every key must be taken, or ``done`` names the one that nobody knows."""
 
     def __init__(self, where: str, value: object) -> None:
+        if value is None and not where:
+            raise ConfigError("the file is empty: config/consumers.yaml shows what belongs into it")
         if not isinstance(value, dict):
-            raise ConfigError(f"{where or 'the file'} must be a mapping of keys, not {shown(value)}")
+            raise ConfigError(f"{where or 'the file'} must be a mapping of keys (key: value), not {shown(value)}")
         self.where = where
         self._left: dict[str, Any] = dict(value)
         self._known: list[str] = []
@@ -71,6 +76,9 @@ class Section:
     def need(self, key: str, check: Callable[[str, Any], T], remedy: str) -> T:
         self._known.append(key)
         if key not in self._left:
+            for meant in self._left:
+                if KEYS.get(meant, "").split(":")[0] == key or difflib.get_close_matches(meant, [key], 1, ALIKE):
+                    raise ConfigError(f"{self.path(meant)} is not a known key: {self._remedy(meant)}")
             raise ConfigError(f"{self.path(key)} is missing: {remedy}")
         return check(self.path(key), self._left.pop(key))
 
@@ -85,8 +93,8 @@ class Section:
 
     def _remedy(self, key: str) -> str:
         if key in KEYS:
-            return f"it is now written {KEYS[key]}"
-        close = difflib.get_close_matches(key, self._known, 1)
+            return KEYS[key] if " " in KEYS[key].split(":")[0] else f"it is now written {KEYS[key]}"
+        close = difflib.get_close_matches(key, self._known, 1, ALIKE)
         if close:
             return f"did you mean {close[0]}?"
         for word, ours in WORDS:
@@ -143,7 +151,7 @@ def one_of(*allowed: str) -> Callable[[str, Any], str]:
 
 def texts(where: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise ConfigError(f"{where} must be a list of texts, not {shown(value)}")
+        raise ConfigError(f"{where} must be a list of texts such as [one, two], not {shown(value)}")
     return tuple(text(f"{where}[{i}]", item) for i, item in enumerate(value))
 
 

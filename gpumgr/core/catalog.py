@@ -53,11 +53,13 @@ class Catalog:
         """
         if kind is not None:
             if kind not in self.routing:
-                raise KindUnknown(f"no kind {kind!r} in routing; there are: {_names(self.routing)}", kind=kind)
+                hint = f'; {kind} is a consumer: ask for {{"consumer": "{kind}"}}' if kind in self.consumers else ""
+                raise KindUnknown(f"no kind {kind!r} in routing; there are: {_names(self.routing)}{hint}", kind=kind)
             return self.consumers[self.routing[kind]]
         if consumer is None or consumer not in self.consumers:
+            hint = f'; {consumer} is a kind: ask for {{"kind": "{consumer}"}}' if consumer in self.routing else ""
             raise ConsumerUnknown(
-                f"no consumer {consumer!r} is configured; there are: {_names(self.consumers)}", consumer=consumer
+                f"no consumer {consumer!r} is configured; there are: {_names(self.consumers)}{hint}", consumer=consumer
             )
         return self.consumers[consumer]
 

@@ -407,6 +407,8 @@ def insufficient(target: Consumer, view: View) -> InsufficientVram:
         message += f". Not gpumgr's to unload: {named}. It fits once enough of that has gone"
     else:
         message += ". Nothing that gpumgr may unload is left on the card"
+    if _evicted(view):
+        message += f". Unloaded for this attempt: {', '.join(_evicted(view))}"
     return InsufficientVram(
         message,
         consumer=target.name,

@@ -3,7 +3,8 @@
 Owns: the order of the steps and putting the lock down for each. Must not: choose (core/placement.py does).
 
     1. health    the target serves: a success at most 5 s old counts, so that this is asked again after a long step or
-                 wait (not before the load where loading starts the service)
+                 wait (not before the load where loading starts the service, nor where the card cannot be read: then
+                 that is the answer)
     2. look      read the card; ask those whose memory the driver does not tell
     3. decide    under the lock, from what was just read
          unload  victims leave service under the lock, lock down, unload with proof, back to 2
@@ -116,9 +117,13 @@ class Preparation:
                 self._state.abandon(self._ticket)
 
     def _step(self) -> Step:
-        if not self._dialect.load_starts_service or self._load_called:
+        with self._state.lock:
+            unreadable = bool(self._state.reading.problems(self._target.gpus))
+        if not unreadable and (self._load_called or not self._dialect.load_starts_service):
             self._require_health()
         ends, reading, reports = self._look()
+        if unreadable and not reading.problems(self._target.gpus):
+            return Step.AGAIN  # the driver is back: now its health comes first
         with self._state.lock:
             self._require_wanted()
             if ends != self._state.ends:

@@ -86,6 +86,6 @@ def _words(facts: Mapping[str, Any]) -> str:
         return f"{facts['consumer']} is {facts['phase']}"
     who = facts["holder"] or "an unnamed holder"
     return (
-        f"{who} holds {facts['consumer']} since {facts['held_seconds']:g} s "
+        f"{who} has held {facts['consumer']} for {facts['held_seconds']:g} s "
         f"(lease {facts['lease_id']}, until {facts['expires_at']} unless renewed)"
     )

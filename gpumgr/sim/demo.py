@@ -182,6 +182,9 @@ class Story:
 
     def tell(self) -> None:
         self._say(f"One card of {self._world.card()['total_mib']} MiB, four services, one broker at {self._world.url}")
+        if not self._world.url.endswith(":8770"):
+            self._say("(port 8770 is taken, so this broker listens on another one)")
+        self._say("The bar: C comfyui, O ollama, V mvoice, b the game, · free. Ctrl-C ends the demo at any time.")
         self.chat_and_voice()
         lease = self.imagen_acquires()
         voice = self.imagen_renders_while_voice_waits(lease)
@@ -190,7 +193,7 @@ class Story:
         self.holder_crashes()
         over = requests.get(f"{self._world.control}/ledger", timeout=5).json()["over_commits"]
         self._scene("The end")
-        self._say(f"VRAM over-commits counted by the card: {over}. Seconds: {time.monotonic() - self._began:.0f}.")
+        self._say(f"requests for memory that the card had to refuse (over-commits): {over}")
         if over:
             raise DemoFailed(f"the card was over-committed {over} times")
 
@@ -211,7 +214,8 @@ class Story:
                 f"evicted {event['consumer']}: {event['held_mib']} → {event['still_held_mib']} MiB "
                 f"in {event['seconds']:.2f} s, read from the card"
             )
-        self._say(f"granted: lease {lease.grant['lease_id']}, fence {lease.fence}, go to {lease.url}")
+        self._say("(given back: at most residual_mib, 768, is held; a CUDA context never leaves)")
+        self._say(f"granted: lease {lease.grant['lease_id']}; ImaGen goes to {lease.url} itself")
         return lease
 
     def imagen_renders_while_voice_waits(self, lease: HeldLease) -> _Waiter:
@@ -268,8 +272,8 @@ class Story:
                 self._gpu.acquire("image", holder="imagen").release()
         except GpumgrError as error:
             self._say(f"refused, {error.code}: {error.message}")
-            told = {name: error.details.get(name) for name in ("needed_mib", "free_mib", "headroom_mib")}
-            self._say(f"details: {told}, retryable: {error.retryable}")
+            told = {name: error.details.get(name) for name in ("needed_mib", "free_mib", "headroom_mib", "untracked")}
+            self._say(f"in its details: {json.dumps(told)}")
         else:
             raise DemoFailed("image was granted beside a game that leaves no room for it")
         requests.delete(f"{self._world.control}/processes/{game['pid']}", timeout=5)

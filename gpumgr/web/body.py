@@ -92,7 +92,10 @@ def _parsed(request: Request, raw: bytes, allowed: tuple[str, ...]) -> Mapping[s
     except (ValueError, RecursionError) as error:
         if isinstance(error, _FieldError):
             raise InvalidRequest(str(error)) from None
-        raise InvalidRequest("the body is not valid JSON") from None
+        if not raw.strip():
+            raise InvalidRequest("the body is empty: send a JSON object") from None
+        where = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
+        raise InvalidRequest(f"the body is not valid JSON{where}") from None
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
     for key in body:
@@ -135,7 +138,7 @@ def _seconds(fields: Mapping[str, Any], name: str, *, least_exclusive: bool) -> 
         return None
     value = fields[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
-        raise InvalidRequest(f"{name} must be a finite number of seconds", field=name)
+        raise InvalidRequest(f"{name} must be a number of seconds: finite, and without quotes", field=name)
     if value < 0 or (least_exclusive and value == 0):
         raise InvalidRequest(f"{name} must be {'more than 0' if least_exclusive else '0 or more'} seconds", field=name)
     return float(min(value, 1e9))

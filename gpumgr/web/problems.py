@@ -22,6 +22,16 @@ from gpumgr.errors import (
 
 log = logging.getLogger(__name__)
 
+ROUTES = (
+    "POST /v1/lease",
+    "POST /v1/lease/{token}/renew",
+    "GET /v1/lease/{token}",
+    "DELETE /v1/lease/{token}",
+    "GET /v1/status",
+    "GET /healthz",
+    "GET /readyz",
+)
+
 
 def respond(error: GpumgrError) -> Response:
     """Retryable errors say when; the others keep OpenAI's SDKs from retrying every status of 500 and above."""
@@ -57,9 +67,9 @@ def register(app: Flask) -> None:
 
 def _translated(error: HTTPException) -> GpumgrError:
     if error.code == 404:
-        return NotFound("there is no such route; docs/api.md lists them")
+        return NotFound(f"there is no such route; there are: {', '.join(ROUTES)}", routes=list(ROUTES))
     if error.code == 405:
-        return MethodNotAllowed(f"this route does not take {request.method}")
+        return MethodNotAllowed(f"this route does not take {request.method}; Allow lists what it takes")
     if error.code == 413:
         return PayloadTooLarge("the body is too large")
     if error.code is not None and error.code < 500:

@@ -12,6 +12,7 @@ each function from the hook of the same moment.
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import logging.handlers
 import os
@@ -19,8 +20,10 @@ import queue
 import re
 import resource
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -39,6 +42,7 @@ TOKEN = re.compile(r"(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{32}(?![A-Za-z0-9_-])")
 TOKEN_IN_PATH = re.compile(r"(/v1/lease/)[^/\s?\"']+(/renew)?[^\s\"']*")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LOG_LINES_KEPT = 1000
+PORT_SECONDS = 2.0
 
 _master: dict[str, Any] = {}
 """This process's lock and the settings it runs on. A process has one state directory, whatever is imported how
@@ -64,6 +68,7 @@ def settings_or_exit() -> config.Settings:
         return _running()
     if running is None:
         _take_master_lock(settings)
+        _require_free_port(settings.server.bind)
     _master["settings"] = settings
     return settings
 
@@ -86,6 +91,29 @@ def _take_master_lock(settings: config.Settings) -> None:
     except OSError as error:
         _exit(f"server.state_dir {state_dir} cannot be used ({error.strerror}): name another with GPUMGR_STATE_DIR")
     _master["lock"] = lock
+
+
+def _require_free_port(bind: str) -> None:
+    """gunicorn would try for five seconds and print ten lines. A worker that dies with its master may hold the port
+    for a moment longer."""
+    host, _, port = bind.rpartition(":")
+    if bind.startswith("unix:") or "LISTEN_FDS" in os.environ:
+        return
+    until = time.monotonic() + PORT_SECONDS
+    while (trouble := _cannot_listen(host.strip("[]"), int(port))) is not None:
+        if trouble.errno != errno.EADDRINUSE or time.monotonic() > until:
+            _exit(f"{bind} cannot be listened on ({trouble.strerror}): choose another with GPUMGR_BIND")
+        time.sleep(0.05)
+
+
+def _cannot_listen(host: str, port: int) -> OSError | None:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        return error
+    return None
 
 
 def _exit(sentence: str) -> None:

@@ -196,7 +196,7 @@ def test_request_id_has_one_lease(broker: RunningBroker) -> None:
     assert (mismatch.status_code, mismatch.json()["error"]["code"]) == (409, "request_mismatch")
     other = broker.acquire(kind="image", holder="somebody else", request_id="r1", wait_seconds=0)
     assert other.json()["error"]["code"] == "scheduler_timeout"
-    assert "imagen holds comfyui" in other.json()["error"]["message"]
+    assert "imagen has held comfyui" in other.json()["error"]["message"]
     broker.release(first["token"])
     ended = broker.acquire(kind="image", holder="imagen", request_id="r1")
     assert (ended.status_code, ended.json()["error"]["code"]) == (409, "request_ended")

@@ -80,6 +80,20 @@ def test_a_second_broker_prints_one_sentence_and_exits_2(broker: RunningBroker) 
     assert broker.status()["version"]
 
 
+def test_a_port_in_use_prints_one_sentence_and_exits_2(tmp_path: Path, stage: Stage) -> None:
+    broker = RunningBroker(tmp_path, config(stage, tmp_path))
+    broker.http.close()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", broker.port))
+        taken.listen()
+        broker.start(wait=False)
+        if broker.process is None:
+            raise AssertionError
+        assert broker.process.wait(20) == 2
+    assert "GPUMGR_BIND" in broker.log()
+    assert len(broker.log().strip().splitlines()) == 1
+
+
 def test_state_dir_is_private(broker: RunningBroker) -> None:
     assert stat.S_IMODE(broker.state_dir.stat().st_mode) == 0o700
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in broker.state_dir.iterdir()}
