@@ -28,7 +28,7 @@ from gpumgr.core.card import Reading
 from gpumgr.core.lease import Lease
 from gpumgr.core.placement import Decision, Grant, Refuse, Report, Unload, Victim, Wait, decide
 from gpumgr.core.queue import Phase, WaitingFor
-from gpumgr.errors import ConsumerUnhealthy, GpumgrError, InternalError
+from gpumgr.errors import ConsumerUnhealthy, GpumgrError, InsufficientVram, InternalError
 from gpumgr.runtime.evictor import Evictor
 from gpumgr.runtime.ports import BackendError, Clock, Dialect, Journal, Probe
 from gpumgr.runtime.refusals import scheduler_timeout
@@ -73,6 +73,7 @@ class Preparation:
         self._target = ticket.consumer
         self._dialect = world.dialects[ticket.consumer.name]
         self._seen = -1
+        self._settled = False
         self._loaded = False
         self._load_called = False
 
@@ -130,6 +131,9 @@ class Preparation:
                 return Step.AGAIN  # whoever ended may have taken its memory after the card was read
             decision = self._decide(reading, reports)
         if isinstance(decision, Refuse):
+            if self._ticket.tried and not self._settled and isinstance(decision.error, InsufficientVram):
+                self._settled = True
+                return Step.WAIT  # what was unloaded is proved at its residual and may still be falling: look once more
             raise decision.error
         if isinstance(decision, Wait):
             return Step.WAIT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpumgr.core.lease import RequestKey
+from gpumgr.core.lease import Lease, RequestKey
 from gpumgr.errors import ConsumerUnhealthy, EvictionFailed, GpuUnreadable, InsufficientVram, InternalError
 from gpumgr.runtime.preparation import Step
 from tests.worlds import HadIt, World, catalog, consumer, request
@@ -125,3 +125,19 @@ def test_the_fence_and_the_counts_are_shown_by_what_happened(world: World) -> No
     assert kinds == [("evict", "chat"), ("grant", "paint")]
     assert world.broker.state.memory["chat"].evictions == 1
     assert world.broker.state.memory["paint"].total_requests == 1
+
+
+def test_after_an_unload_a_refusal_looks_once_more() -> None:
+    """A victim is proved at its residual while memory may still be falling, its own or a neighbour's."""
+    world = World(catalog(consumer("paint", 14000), consumer("chat", 9000)))
+    chat, game = world.services["chat"], world.games[0]
+    world.card.set_used(chat.pid, 9000)
+    game.set_used(10000)
+    caller = world.ask("paint")
+    (seq,) = world.begun()
+    while (outcome := world.step(seq)) is Step.AGAIN:
+        pass
+    assert (outcome, caller.waits) == (Step.WAIT, True)
+    game.set_used(8000)
+    world.prepare()
+    assert isinstance(caller.answer, Lease)

@@ -163,7 +163,7 @@ def test_a_deadline_ends_at_its_instant_and_names_the_holder(world: World, froze
     world.wake()
     error = waiter.error()
     assert isinstance(error, SchedulerTimeout)
-    assert "imagen holds paint since 5 s" in error.message
+    assert "imagen has held paint for 5 s" in error.message
     assert error.details["waiting_for"] == "holder"
     assert error.details["holders"][0]["expires_at"] == "2026-11-23T09:10:00.000Z"
     assert world.broker.state.queue.waiting() == []

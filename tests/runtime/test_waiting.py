@@ -134,7 +134,7 @@ def test_now_or_never() -> None:
         error = late.error()
         assert isinstance(error, SchedulerTimeout)
         assert late.seconds < 0.5
-        assert "imagen holds paint" in error.message
+        assert "imagen has held paint" in error.message
 
 
 def test_the_deadline_ends_on_time_and_names_the_holder() -> None:
@@ -367,7 +367,7 @@ def test_waiting_for_memory_ends_with_the_deadline() -> None:
         assert isinstance(error, SchedulerTimeout)
         assert 0.3 <= late.seconds < 0.7
         assert error.details["waiting_for"] == "vram"
-        assert "bot holds chat" in error.message
+        assert "bot has held chat" in error.message
         until(lambda: len(world.broker.state.queue.holds) == 1)
         assert world.broker.lease(chat.token) == chat
 
