@@ -53,6 +53,7 @@ class _Unload:
     before: Mapping[GpuRef, Holding]
     free_before: Mapping[GpuRef, int]
     started_at: float
+    growing: bool = False
     asked_at: float = 0.0
     calling: bool = False
     answered: bool = False
@@ -60,6 +61,7 @@ class _Unload:
     proved_at: float | None = None
     done_at: float | None = None
     judged: bool = False
+    seen_mib: int = 0
     still: dict[GpuRef, int] = field(default_factory=dict)
     still_since: float = 0.0
 
@@ -72,7 +74,8 @@ class _Unload:
     @property
     def shows(self) -> bool:
         """Whether the card can tell this unload: memory that has to fall."""
-        return any(holding.held_mib > self.consumer.residual_mib for holding in self.before.values())
+        most = max(self.seen_mib, *(holding.held_mib for holding in self.before.values()))
+        return most > self.consumer.residual_mib
 
     @property
     def exact(self) -> bool:
@@ -101,9 +104,13 @@ class Evictor:
         holdings: Mapping[tuple[str, GpuRef], Holding],
         reading: Reading,
         back: Callable[[str], None] = lambda _: None,
+        *,
+        growing: bool = False,
     ) -> list[Victim]:
         """Unload these and wait for the proof; one Victim for each, in order. ``back`` is told each one's name once,
         when it may serve again: at the latest when this returns, or from a thread of its own when its call ends.
+        ``growing``: memory may still be on its way to the card; what looks small is watched until it has come and
+        gone, or until the limit.
 
         Returns after the slowest one's ``unload.timeout_seconds`` at the latest, plus one read of the card and one
         busy report (those whom the driver does not name go one after the other).
@@ -116,7 +123,7 @@ class Evictor:
         try:
             for number, group in enumerate(groups):
                 before = reading if number == 0 else self._probe.read()
-                for verdict in self._together(group, known, before, back, waiting):
+                for verdict in self._together(group, known, before, back, waiting, growing=growing):
                     verdicts[verdict.consumer] = verdict
         finally:
             for name in waiting:
@@ -134,6 +141,8 @@ class Evictor:
         reading: Reading,
         back: Callable[[str], None],
         waiting: list[str],
+        *,
+        growing: bool,
     ) -> list[Victim]:
         now = self._clock.monotonic()
         unloads = [
@@ -144,6 +153,7 @@ class Evictor:
                 before=known[victim.name],
                 free_before=_free(victim, reading),
                 started_at=now,
+                growing=growing,
                 still_since=now,
             )
             for victim in group
@@ -220,12 +230,13 @@ class Evictor:
         still = {gpu: _still(unload.before[gpu], held[gpu], risen[gpu]) for gpu in held}
         if still != unload.still:
             unload.still, unload.still_since = still, now
+        unload.seen_mib = max(unload.seen_mib, *still.values())
         if not given_back(unload.consumer, unload.before, held, risen):
             return False
-        if not unload.exact and not unload.held_mib:
+        if not unload.exact and not unload.held_mib and not unload.growing:
             return unload.answered or (unload.error is not None and unload.error.refused)
         if not unload.shows:
-            rests = now - unload.still_since >= SETTLE_SECONDS
+            rests = now - unload.still_since >= SETTLE_SECONDS and not unload.growing
             return (unload.answered and rests) or now >= unload.limit
         unload.proved_at = now if unload.proved_at is None else unload.proved_at
         gone = {gpu: unload.before[gpu].held_mib - unload.still[gpu] for gpu in held}

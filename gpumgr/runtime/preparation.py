@@ -238,13 +238,15 @@ class Preparation:
 
     # -- 3 --------------------------------------------------------------------------------------------------
 
-    def _unload(self, victims: Sequence[str], reading: Reading, reports: Mapping[str, Report]) -> None:
+    def _unload(
+        self, victims: Sequence[str], reading: Reading, reports: Mapping[str, Report], *, growing: bool = False
+    ) -> None:
         """They were taken out of service under the lock that decided it; the evictor puts each one back."""
         state = self._state
         with state.lock:
             holdings = state.holdings(reading, reports)
             consumers = [state.catalog.consumers[name] for name in victims]
-        outcome = self._world.evictor.unload(consumers, holdings, reading, self._back_in_service)
+        outcome = self._world.evictor.unload(consumers, holdings, reading, self._back_in_service, growing=growing)
         after = self._world.probe.read()
         with state.lock:
             for victim in outcome:
@@ -303,7 +305,7 @@ class Preparation:
         with self._state.lock:
             self._ticket.step = f"unloading {self._target.name} again"
             self._state.queue.take_out(self._target.name)
-        self._unload([self._target.name], reading, {})
+        self._unload([self._target.name], reading, {}, growing=True)
 
     # -- 5 --------------------------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ def _said(state: State, ticket: Ticket, holders: list[dict[str, Any]], ahead: in
     if state.queue.is_unloading(ticket.consumer.name):
         said.append(f"{ticket.consumer.name} itself is being unloaded for somebody else")
     if not said:
-        said.append(f"{ahead} requests are ahead of it")
+        said.append(f"{ahead} requests are ahead of it" if ahead else "its turn came only after that")
     return "; ".join(said)
 
 

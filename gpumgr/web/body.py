@@ -19,6 +19,7 @@ from gpumgr.runtime.ticket import Ask
 
 LARGEST_BODY_BYTES = 64 * 1024
 LONGEST_LABEL = 128
+LARGEST_DROPPED_BYTES = 2**20
 BODY_STALLS_SECONDS = 5.0
 """A body that stands still would hold a thread for ever, and renew has only the reserved ones."""
 ACQUIRE_FIELDS = ("kind", "consumer", "ttl_seconds", "wait_seconds", "holder", "request_id")
@@ -59,13 +60,15 @@ def _object(request: Request, allowed: tuple[str, ...]) -> Mapping[str, Any]:
 
 def _raw(request: Request) -> bytes:
     """The body, refused as soon as it is known to be too large, whatever its headers claim."""
-    if (request.content_length or 0) > LARGEST_BODY_BYTES:
+    announced = request.content_length or 0
+    if announced > LARGEST_DROPPED_BYTES:
         raise _too_large()
     sock = request.environ.get("gunicorn.socket")
     try:
         if sock is not None:
             sock.settimeout(BODY_STALLS_SECONDS)
-        raw = request.stream.read(LARGEST_BODY_BYTES + 1)
+        # One that is a little too large is read to its end, else the caller may see a reset instead of the answer.
+        raw = request.stream.read(max(announced, LARGEST_BODY_BYTES + 1))
     except TimeoutError:
         raise InvalidRequest(f"no byte of the body came for {BODY_STALLS_SECONDS:g} s") from None
     except (OSError, ParseException):

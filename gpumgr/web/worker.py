@@ -1,8 +1,13 @@
-"""gunicorn's gthread worker, without its cost per waiting request.
+"""gunicorn's gthread worker, without its cost per waiting request, and without a wait for bodies nobody wants.
 
-gunicorn 23 gthread.py, ``ThreadWorker.run``: after every event the main loop calls ``concurrent.futures.wait`` on all
-requests that have not ended, which locks each of them. With 1 000 waiters that made a hand-over 1.9 times as slow as
-with 10 (bench/waiters.py). Only two moments need the list: at the connection limit, and at the end of the worker.
+The cost: gunicorn 23 gthread.py, ``ThreadWorker.run``: after every event the main loop calls
+``concurrent.futures.wait`` on all requests that have not ended, which locks each of them. With 1 000 waiters that made
+a hand-over 1.9 times as slow as with 10 (bench/waiters.py). Only two moments need the list: at the connection limit,
+and at the end of the worker.
+
+The wait: gunicorn 23 parser.py, ``Parser.__next__``, drops what is left of a body before it reads the next request of a
+kept-alive connection, in a thread of the pool and without a limit of time. Four clients that announced a body and do
+not send it would hold four threads; so a connection whose body was not read whole is closed after its answer.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
+from gunicorn.http.body import ChunkedReader, LengthReader
 from gunicorn.workers.gthread import ThreadWorker
 
 
@@ -18,6 +24,13 @@ class _Copy(set[Future[Any]]):
 
     def remove(self, future: Future[Any]) -> None:
         self.discard(future)
+
+
+def _body_left(conn: Any) -> bool:
+    reader = conn.parser.mesg.body.reader
+    if isinstance(reader, LengthReader):
+        return bool(reader.length)
+    return isinstance(reader, ChunkedReader) and reader.parser is not None
 
 
 class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
@@ -34,6 +47,10 @@ class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     @futures.setter
     def futures(self, _value: object) -> None:
         """The base class sets its deque; here the pending set takes its place."""
+
+    def handle(self, conn: Any) -> tuple[bool, Any]:
+        keepalive, conn = super().handle(conn)
+        return keepalive and not _body_left(conn), conn
 
     def _wrap_future(self, future: Future[Any], conn: Any) -> None:
         future.conn = conn  # type: ignore[attr-defined]
