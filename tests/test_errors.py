@@ -1,4 +1,4 @@
-"""The errors are the contract's table, and the same class on both sides of the wire."""
+"""The errors are the table of docs/api.md, and the same class on both sides of the wire."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from gpumgr.web.places import Places
 def create_app(broker: Broker) -> Flask:
     """Builds routes only; starting the broker is the server's business (its hooks, or ``app.py``)."""
     app = Flask("gpumgr.web", static_folder=None)
-    app.json.sort_keys = False  # type: ignore[attr-defined]  # the contract's order reads better
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # the documented order reads better
     app.url_map.strict_slashes = True
     app.url_map.merge_slashes = False  # a path with two slashes is not found; a redirect would repeat a token in it
     server = broker.settings.server

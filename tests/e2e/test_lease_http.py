@@ -203,7 +203,7 @@ def test_request_id_has_one_lease(broker: RunningBroker) -> None:
     assert ended.json()["error"]["details"]["reason"] == "released"
 
 
-def test_status_has_what_the_contract_names(broker: RunningBroker, stage: Stage) -> None:
+def test_status_has_what_the_api_names(broker: RunningBroker, stage: Stage) -> None:
     stage.warm("mvoice")
     lease = broker.acquire(kind="llm", holder="chat").json()
     found = broker.status()

@@ -171,7 +171,7 @@ class Cell:
             pressed = pool.submit(acquire, self.broker, rival.name, 0.3)
             self.stage.warm(holder.name)
             answer = pressed.result()
-        until(lambda: holder.busy == 0)  # ⟨2⟩ will wait for this tail; until then the holder does
+        until(lambda: holder.busy == 0)  # a tail is not waited for yet: the holder does
         self.unloads_under_a_lease += holder.unload_calls - before
         self.broker.release(lease.token)
         return answer
