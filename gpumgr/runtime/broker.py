@@ -4,7 +4,7 @@ Owns: waiting for an answer, and starting and stopping the threads. Must not: kn
 I/O. All state is in state.py, all rules in core.
 
 Threads: ``watchdog`` (ends leases), one ``prepare-N`` per GPU, ``observe-card`` and ``observe-health`` (so that
-neither a hung driver nor a hung server can delay the watchdog), and ``unload-NAME`` for as long as one call lasts.
+neither a hung driver nor a hung server can delay the watchdog), and the evictor's ``unload-NAME`` for one call each.
 """
 
 from __future__ import annotations
