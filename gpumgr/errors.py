@@ -13,10 +13,14 @@ Must not: know Flask, threads or where an error is raised.
     ├── MethodNotAllowed          405
     ├── Conflict                  409
     │   ├── RequestMismatch            this request_id asked for something else
-    │   └── RequestEnded               this request_id had its lease, and the lease is over
+    │   ├── RequestEnded               this request_id had its lease, and the lease is over
+    │   └── LeaseMismatch              a lease of another consumer was shown on a proxy route
     ├── PayloadTooLarge           413
     ├── UnsupportedMediaType      415
     ├── InternalError             500  a defect of gpumgr
+    ├── UpstreamFailed                 a proxied call's consumer did not answer
+    │   ├── UpstreamUnreachable   502
+    │   └── UpstreamTimeout       504
     └── Refused                   503  the GPU cannot be had now
         ├── QueueFull
         ├── SchedulerTimeout
@@ -105,6 +109,10 @@ class RequestEnded(Conflict):
     code = "request_ended"
 
 
+class LeaseMismatch(Conflict):
+    code = "lease_mismatch"
+
+
 class PayloadTooLarge(GpumgrError):
     code = "payload_too_large"
     status = 413
@@ -118,6 +126,22 @@ class UnsupportedMediaType(GpumgrError):
 class InternalError(GpumgrError):
     code = "internal_error"
     status = 500
+
+
+class UpstreamFailed(GpumgrError):
+    """A proxied call got no answer of its consumer; what did come is passed on as it is."""
+
+    retryable = True
+
+
+class UpstreamUnreachable(UpstreamFailed):
+    code = "upstream_unreachable"
+    status = 502
+
+
+class UpstreamTimeout(UpstreamFailed):
+    code = "upstream_timeout"
+    status = 504
 
 
 class Refused(GpumgrError):

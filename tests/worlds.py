@@ -20,7 +20,7 @@ from gpumgr.adapters.clock import SystemClock
 from gpumgr.adapters.simulated import SimulatedProbe
 from gpumgr.config import GpuSettings, LeaseSettings, SchedulingSettings, ServerSettings, Settings
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
-from gpumgr.core.lease import Lease, RequestKey
+from gpumgr.core.lease import Call, Lease, RequestKey
 from gpumgr.core.placement import Report
 from gpumgr.errors import GpumgrError
 from gpumgr.runtime.broker import Broker
@@ -184,7 +184,7 @@ class _Waits(Exception):
 class UnthreadedBroker(Broker):
     """The real broker, but where a caller's thread would wait, it says so and returns to the test."""
 
-    def _await(self, ticket: Ticket, deadline: float) -> Lease:
+    def _await(self, ticket: Ticket, deadline: float) -> Lease | Call:
         ticket.callers += 1
         raise _Waits(ticket, deadline)
 
@@ -195,7 +195,7 @@ class Caller:
 
     ticket: Ticket
     deadline: float
-    answer: Lease | GpumgrError | None = None
+    answer: Lease | Call | GpumgrError | None = None
     answered_at: float | None = None
 
     @property
@@ -204,6 +204,10 @@ class Caller:
 
     def lease(self) -> Lease:
         assert isinstance(self.answer, Lease), self.answer
+        return self.answer
+
+    def call(self) -> Call:
+        assert isinstance(self.answer, Call), self.answer
         return self.answer
 
     def error(self) -> GpumgrError:

@@ -1,7 +1,7 @@
 """Leases: what is promised to whom, until when.
 
-Owns: the lease value, the book of leases, fences, request ids. Must not: make tokens, read a clock, or decide
-who gets the GPU (queue.py, placement.py).
+Owns: the values of a lease and of a proxied call, the book of leases, fences, request ids. Must not: make tokens, read
+a clock, or decide who gets the GPU (queue.py, placement.py).
 
 The life of a lease, beside the phase of its hold in queue.py, each step at an instant ``now`` of monotonic seconds:
 
@@ -58,6 +58,18 @@ class Lease:
 
     def alive(self, now: float) -> bool:
         return now < self.expires_at
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A proxied call that may use its consumer's GPUs until it ends. ``seq`` is its hold in the queue; where it passes
+    under a lease (``lease_id``) it has none of its own."""
+
+    seq: int
+    consumer: str
+    began_at: float
+    waited_seconds: float = 0.0
+    lease_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

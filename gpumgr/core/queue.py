@@ -118,9 +118,13 @@ class Queue:
 
     # -- coming and going ---------------------------------------------------------------------------------
 
-    def enter(self, consumer: str) -> Entry:
+    def number(self) -> int:
+        """The next number of arrival."""
         self._seq += 1
-        entry = Entry(self._seq, consumer)
+        return self._seq
+
+    def enter(self, consumer: str) -> Entry:
+        entry = Entry(self.number(), consumer)
         self._line.setdefault(consumer, OrderedDict())[entry.seq] = entry
         return entry
 

@@ -18,10 +18,10 @@ from datetime import datetime
 from gpumgr import __version__
 from gpumgr.config import Settings
 from gpumgr.core.catalog import Consumer
-from gpumgr.core.lease import EndReason, Lease, require_same
+from gpumgr.core.lease import Call, EndReason, Lease, require_same
 from gpumgr.core.placement import View, impossible, insufficient
 from gpumgr.core.queue import Fifo, Phase
-from gpumgr.errors import GpumgrError, InternalError, LeaseUnknown, ShuttingDown
+from gpumgr.errors import GpumgrError, InternalError, LeaseMismatch, LeaseUnknown, ShuttingDown
 from gpumgr.runtime.evictor import Evictor
 from gpumgr.runtime.ports import BackendError, Clock, Dialect, Journal, Probe
 from gpumgr.runtime.preparation import Preparation, World
@@ -146,8 +146,6 @@ class Broker:
 
         Raises: KindUnknown, ConsumerUnknown, RequestMismatch, RequestEnded, and every kind of Refused.
         """
-        limits = self.settings.lease
-        wait = limits.default_wait_seconds if ask.wait_seconds is None else ask.wait_seconds
         self.tick()
         with self.state.lock:
             now = self.clock.monotonic()
@@ -156,10 +154,18 @@ class Broker:
                 live = self.state.leases.of_request(ask.request, consumer.name, now)
                 if live is not None:
                     return live
-            deadline = now + min(wait, limits.max_wait_seconds)
-            return self._await(self._ticket(ask, consumer, now, deadline), deadline)
+            deadline = now + self._wait_seconds(ask)
+            granted = self._await(self._ticket(ask, consumer, now, deadline), deadline)
+        if not isinstance(granted, Lease):
+            raise InternalError("gpumgr granted a call to somebody who asked for a lease")
+        return granted
 
-    def _ticket(self, ask: Ask, consumer: Consumer, now: float, deadline: float) -> Ticket:
+    def _wait_seconds(self, ask: Ask) -> float:
+        limits = self.settings.lease
+        wait = limits.default_wait_seconds if ask.wait_seconds is None else ask.wait_seconds
+        return min(wait, limits.max_wait_seconds)
+
+    def _ticket(self, ask: Ask, consumer: Consumer, now: float, deadline: float, *, proxied: bool = False) -> Ticket:
         """The waiting request this one joins, or a new one at the end of the line."""
         if self.state.stopping:
             raise _shutting_down()
@@ -174,11 +180,11 @@ class Broker:
             self.state.note("refuse", consumer.name, holder=ask.holder, code=refusal.code, waited_seconds=0.0)
             log.info("refuse consumer=%s holder=%s code=%s: %s", consumer.name, ask.holder, refusal.code, refusal)
             raise refusal
-        ticket = self.state.enter(ask, consumer, now, deadline)
+        ticket = self.state.enter(ask, consumer, now, deadline, proxied=proxied)
         self.state.advance(now)
         return ticket
 
-    def _await(self, ticket: Ticket, deadline: float) -> Lease:
+    def _await(self, ticket: Ticket, deadline: float) -> Lease | Call:
         """With the lock held, as in every condition's wait."""
         ticket.callers += 1
         try:
@@ -202,6 +208,65 @@ class Broker:
             self.state.refuse(ticket, error)
             self.state.advance()
         return error
+
+    # -- proxied calls --------------------------------------------------------------------------------------
+
+    def call(self, ask: Ask) -> Call:
+        """Blocks until the call may go to its consumer, or is refused: as ``acquire``, and ends with ``end_call``.
+
+        Raises: KindUnknown, ConsumerUnknown, and every kind of Refused but InsufficientVram for what an eviction or
+        another's end could mend: such a call goes ahead, unless a live lease shares the card.
+        """
+        self.tick()
+        with self.state.lock:
+            now = self.clock.monotonic()
+            consumer = self.state.catalog.resolve(kind=ask.kind, consumer=ask.consumer)
+            deadline = now + self._wait_seconds(ask)
+            granted = self._await(self._ticket(ask, consumer, now, deadline, proxied=True), deadline)
+        if not isinstance(granted, Call):
+            raise InternalError("gpumgr granted a lease to a proxied call")
+        return granted
+
+    def call_under_lease(self, token: str, kind: str) -> Call:
+        """Passes at once; ends with ``end_call``. Raises: KindUnknown, LeaseUnknown, LeaseMismatch."""
+        with self.state.lock:
+            now = self.clock.monotonic()
+            consumer = self.state.catalog.resolve(kind=kind, consumer=None)
+            lease = self.state.leases.get(token, now)
+            if lease.consumer != consumer.name:
+                raise LeaseMismatch(
+                    f"this lease is for {lease.consumer}, and /v1/{kind} leads to {consumer.name}: call a kind of "
+                    f"{lease.consumer}, or leave X-GPU-Lease out to wait for a turn",
+                    consumer=lease.consumer,
+                    asked=consumer.name,
+                )
+            call = Call(self.state.queue.number(), consumer.name, now, lease_id=lease.lease_id)
+            self.state.calls[call.seq] = call
+        return call
+
+    def end_call(self, call: Call) -> None:
+        """The call is over, however it ended. Nothing happens the second time."""
+        with self.state.lock:
+            if self.state.calls.pop(call.seq, None) is None:
+                return
+            self.state.queue.leave(call.seq)
+            self.state.note_used(call.consumer)
+            self.state.advance()
+            held = round(self.clock.monotonic() - call.began_at, 3)
+        under = "" if call.lease_id is None else f" lease_id={call.lease_id}"
+        log.info(
+            "call consumer=%s waited_seconds=%s held_seconds=%s%s", call.consumer, call.waited_seconds, held, under
+        )
+
+    def note_call(self, consumer: str, error: str | None) -> None:
+        """What came of a call: an answer counts as health; where there was none, health is asked before the next."""
+        with self.state.lock:
+            if error is None:
+                self.state.note_health(consumer, None)
+            else:
+                self.state.memory[consumer].checked = None
+        if error is not None:
+            log.warning("a call got no answer consumer=%s: %s", consumer, error)
 
     # -- a lease's life -------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 
 from gpumgr.core.card import Reading
-from gpumgr.core.lease import Lease
+from gpumgr.core.lease import Call, Lease
 from gpumgr.core.placement import Decision, Grant, Refuse, Report, Unload, Victim, Wait, decide
 from gpumgr.core.queue import Phase, WaitingFor
 from gpumgr.errors import ConsumerUnhealthy, GpumgrError, InsufficientVram, InternalError
@@ -111,7 +111,7 @@ class Preparation:
             if not self._load_called:
                 self._state.abandon(self._ticket)
                 return
-            granted = isinstance(self._ticket.outcome, Lease)
+            granted = isinstance(self._ticket.outcome, Lease | Call)
         if not granted:
             self._undo_load()
             with self._state.lock:
@@ -142,7 +142,7 @@ class Preparation:
         elif self._must_load():
             self._load()
         else:
-            self._write_down()
+            self._grant()
             return Step.DONE
         return Step.AGAIN
 
@@ -308,6 +308,24 @@ class Preparation:
         self._unload([self._target.name], reading, {}, growing=True)
 
     # -- 5 --------------------------------------------------------------------------------------------------
+
+    def _grant(self) -> None:
+        if self._ticket.proxied:
+            self._let_go_ahead()
+        else:
+            self._write_down()
+
+    def _let_go_ahead(self) -> None:
+        """A call's end is its caller's or its consumer's doing: there is nothing to remember of it."""
+        state, ticket = self._state, self._ticket
+        with state.lock:
+            now = self._world.clock.monotonic()
+            call = Call(ticket.seq, self._target.name, now, waited_seconds=state.waited(ticket))
+            state.calls[call.seq] = call
+            state.queue.holds[call.seq].phase = Phase.LIVE
+            state.memory[call.consumer].total_requests += 1
+            state.settle(ticket, call)
+            state.advance()
 
     def _write_down(self) -> None:
         """The grant is decided and excludes others already; it is told when the journal has it."""

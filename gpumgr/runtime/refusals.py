@@ -61,6 +61,9 @@ def _beside(state: State, seq: int, gpus: Iterable[GpuRef]) -> list[Hold]:
 
 def _facts(state: State, hold: Hold) -> dict[str, Any]:
     facts: dict[str, Any] = {"consumer": hold.consumer, "phase": hold.phase.value}
+    call = state.calls.get(hold.seq)
+    if call is not None:
+        facts["held_seconds"] = round(state.now() - call.began_at, 3)
     lease = next((lease for lease in state.leases if lease.seq == hold.seq), None)
     if lease is not None:
         facts |= {
@@ -82,8 +85,10 @@ def _said(state: State, ticket: Ticket, holders: list[dict[str, Any]], ahead: in
 
 
 def _words(facts: Mapping[str, Any]) -> str:
-    if "lease_id" not in facts:
+    if "held_seconds" not in facts:
         return f"{facts['consumer']} is {facts['phase']}"
+    if "lease_id" not in facts:
+        return f"a proxied call has held {facts['consumer']} for {facts['held_seconds']:g} s"
     who = facts["holder"] or "an unnamed holder"
     return (
         f"{who} has held {facts['consumer']} for {facts['held_seconds']:g} s "

@@ -12,7 +12,7 @@ from gpumgr.core.card import GpuReading
 from gpumgr.core.catalog import Consumer, GpuRef
 from gpumgr.core.lease import Lease
 from gpumgr.core.placement import Holding
-from gpumgr.core.queue import WaitingFor
+from gpumgr.core.queue import Hold, WaitingFor
 from gpumgr.runtime.broker import Broker
 from gpumgr.runtime.state import State, rfc3339
 from gpumgr.runtime.ticket import Ticket
@@ -101,7 +101,15 @@ def _any(truths: list[bool | None]) -> bool | None:
 def _in_use(state: State, consumer: str) -> str | None:
     if state.queue.is_unloading(consumer):
         return "evicting"
-    return "lease" if state.queue.holds_of(consumer) else None
+    holds = state.queue.holds_of(consumer)
+    if holds:
+        return "proxy" if all(_proxied(state, hold) for hold in holds) else "lease"
+    return "tail" if any(call.consumer == consumer for call in state.calls.values()) else None
+
+
+def _proxied(state: State, hold: Hold) -> bool:
+    ticket = state.tickets.get(hold.seq)
+    return hold.seq in state.calls if ticket is None else ticket.proxied
 
 
 def _lease(state: State, lease: Lease, now: float) -> dict[str, Any]:

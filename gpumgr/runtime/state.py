@@ -18,7 +18,7 @@ from typing import Any
 from gpumgr.config import LeaseSettings
 from gpumgr.core.card import Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
-from gpumgr.core.lease import Lease, LeaseBook, RequestKey
+from gpumgr.core.lease import Call, Lease, LeaseBook, RequestKey
 from gpumgr.core.placement import Holding, Report, Victim, View, assess, promised_mib
 from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
 from gpumgr.errors import GpumgrError
@@ -58,6 +58,8 @@ class State:
         """The watchdog waits here for a sooner expiry."""
         self.queue = Queue(catalog, policy)
         self.leases = LeaseBook()
+        self.calls: dict[int, Call] = {}
+        """Proxied calls that hold their consumer's GPUs, and those that pass under a lease."""
         self.tickets: dict[int, Ticket] = {}
         self.by_request: dict[RequestKey, Ticket] = {}
         self.begun: deque[Ticket] = deque()
@@ -81,7 +83,7 @@ class State:
 
     # -- tickets --------------------------------------------------------------------------------------------
 
-    def enter(self, ask: Ask, consumer: Consumer, now: float, deadline: float) -> Ticket:
+    def enter(self, ask: Ask, consumer: Consumer, now: float, deadline: float, *, proxied: bool = False) -> Ticket:
         """A new request at the end of the line."""
         wanted = self._lease.default_ttl_seconds if ask.ttl_seconds is None else ask.ttl_seconds
         ticket = Ticket(
@@ -95,6 +97,7 @@ class State:
             prepare_seconds=self._lease.max_prepare_seconds,
             woken=threading.Condition(self.lock),
             stirred=threading.Condition(self.lock),
+            proxied=proxied,
         )
         self.tickets[ticket.seq] = ticket
         if ask.request is not None:
@@ -117,7 +120,7 @@ class State:
             self.queue.leave(ticket.seq)
             self.advance()
 
-    def settle(self, ticket: Ticket, outcome: Lease | GpumgrError) -> None:
+    def settle(self, ticket: Ticket, outcome: Lease | Call | GpumgrError) -> None:
         """The ticket has its answer: its callers wake. A granted one keeps its hold, any other leaves.
 
         Where its preparation is in the middle of an unload, the hold stays until that step has ended.
@@ -182,7 +185,9 @@ class State:
     # -- views ----------------------------------------------------------------------------------------------
 
     def in_use(self) -> frozenset[str]:
-        return frozenset(hold.consumer for hold in self.queue.holds.values())
+        """Held, prepared, or called under a lease: also one that has ended meanwhile."""
+        held = {hold.consumer for hold in self.queue.holds.values()}
+        return frozenset(held | {call.consumer for call in self.calls.values()})
 
     def view(self, ticket: Ticket, reading: Reading, reports: Mapping[str, Report]) -> View:
         """What a decision about this ticket looks at."""
@@ -310,6 +315,9 @@ class State:
         remembered.last_used_at = self._clock.utc()
 
     # -- showing --------------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        return self._clock.monotonic()
 
     def shown(self, instant: float) -> str:
         """A monotonic instant as RFC 3339 UTC with milliseconds."""

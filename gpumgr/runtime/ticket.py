@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass, field
 
 from gpumgr.core.catalog import Consumer
-from gpumgr.core.lease import Lease, RequestKey
+from gpumgr.core.lease import Call, Lease, RequestKey
 from gpumgr.core.placement import Victim
 from gpumgr.core.queue import Entry, WaitingFor
 from gpumgr.errors import GpumgrError
@@ -46,6 +46,8 @@ class Ticket:
     prepare_seconds: float
     woken: threading.Condition
     stirred: threading.Condition
+    proxied: bool = False
+    """A call that ends by itself, not a lease."""
     callers: int = 0
     prepare_limit: float | None = None
     """Monotonic; None while it waits in the line."""
@@ -53,7 +55,7 @@ class Ticket:
     """Set while its preparation has to wait: then the deadline counts, not the preparation's limit."""
     step: str = "waiting for its turn"
     granting: bool = False
-    outcome: Lease | GpumgrError | None = None
+    outcome: Lease | Call | GpumgrError | None = None
     tried: list[Victim] = field(default_factory=list)
 
     @property

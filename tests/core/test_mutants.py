@@ -170,8 +170,10 @@ def one_request_many_leases(patch: pytest.MonkeyPatch) -> None:
 def one_request_many_places_in_the_line(patch: pytest.MonkeyPatch) -> None:
     real = State.enter
 
-    def enter(self: State, ask: Ask, consumer: Consumer, now: float, deadline: float) -> Ticket:
-        ticket = real(self, ask, consumer, now, deadline)
+    def enter(
+        self: State, ask: Ask, consumer: Consumer, now: float, deadline: float, *, proxied: bool = False
+    ) -> Ticket:
+        ticket = real(self, ask, consumer, now, deadline, proxied=proxied)
         self.by_request.clear()
         return ticket
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from gpumgr.core.lease import Lease
+from gpumgr.core.lease import Call, Lease
 from gpumgr.core.queue import WaitingFor
 from gpumgr.errors import (
     ConsumerUnhealthy,
@@ -46,7 +46,7 @@ class SpiedCondition(threading.Condition):
 class SpiedBroker(Broker):
     """The real broker; its tickets' callers wait on spied conditions of the same lock."""
 
-    def _await(self, ticket: Ticket, deadline: float) -> Lease:
+    def _await(self, ticket: Ticket, deadline: float) -> Lease | Call:
         if not isinstance(ticket.woken, SpiedCondition):
             ticket.woken = SpiedCondition(self.state.lock)
         return super()._await(ticket, deadline)
