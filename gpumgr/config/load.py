@@ -21,6 +21,7 @@ from gpumgr.config.settings import (
     ConsumerSettings,
     GpuSettings,
     LeaseSettings,
+    ProxySettings,
     Report,
     SchedulingSettings,
     ServerSettings,
@@ -78,6 +79,7 @@ def _settings(file: Path, document: object, environ: Mapping[str, str]) -> Setti
     gpu = _gpu(top.section("gpu"), file)
     lease = _lease(top.section("lease"))
     scheduling = _scheduling(top.section("scheduling"))
+    proxy = _proxy(top.section("proxy"))
     routing = top.section("routing")
     consumers = top.need("consumers", Section, "name at least one service that uses the GPU")
     top.done()
@@ -89,7 +91,7 @@ def _settings(file: Path, document: object, environ: Mapping[str, str]) -> Setti
     _require_mutual(catalog)
     _require_own_origins(s for _, s in parsed)
     settings = {s.name: s for _, s in parsed}
-    return Settings(file, server, gpu, lease, scheduling, catalog, settings, tuple(_warnings(catalog, settings)))
+    return Settings(file, server, gpu, lease, scheduling, catalog, settings, tuple(_warnings(catalog, settings)), proxy)
 
 
 def _server(section: Section, environ: Mapping[str, str]) -> ServerSettings:
@@ -114,7 +116,7 @@ def _gpu(section: Section, file: Path) -> GpuSettings:
     default = GpuSettings()
     probe = section.take("probe", check.one_of("nvml", "simulated"), default.probe)
     headroom = section.take("headroom_mib", check.whole(0), default.headroom_mib)
-    unreadable = section.take("when_unreadable", check.one_of("refuse"), default.when_unreadable)
+    unreadable = section.take("when_unreadable", check.one_of("refuse", "declared"), default.when_unreadable)
     card = section.take("simulated_card", check.text, "")
     section.done()
     if card and probe != "simulated":
@@ -154,9 +156,20 @@ def _lease(section: Section) -> LeaseSettings:
 def _scheduling(section: Section) -> SchedulingSettings:
     default = SchedulingSettings()
     policy = section.take("policy", check.one_of("fifo"), default.policy)
-    mode = section.take("mode", check.one_of("evicting"), default.mode)
+    mode = section.take("mode", check.one_of("evicting", "locked", "passthrough"), default.mode)
     section.done()
     return SchedulingSettings(policy, mode)
+
+
+def _proxy(section: Section) -> ProxySettings:
+    default = ProxySettings()
+    settings = ProxySettings(
+        connect_timeout_seconds=section.take("connect_timeout_seconds", check.seconds, default.connect_timeout_seconds),
+        idle_timeout_seconds=section.take("idle_timeout_seconds", check.seconds, default.idle_timeout_seconds),
+        stall_timeout_seconds=section.take("stall_timeout_seconds", check.seconds, default.stall_timeout_seconds),
+    )
+    section.done()
+    return settings
 
 
 def _routing(section: Section, consumers: list[str]) -> dict[str, str]:

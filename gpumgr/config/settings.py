@@ -54,6 +54,13 @@ class SchedulingSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ProxySettings:
+    connect_timeout_seconds: float = 5
+    idle_timeout_seconds: float = 300
+    stall_timeout_seconds: float = 60
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One HTTP call to a consumer. None: the dialect's own."""
 
@@ -99,6 +106,7 @@ class Settings:
     catalog: Catalog
     consumers: Mapping[str, ConsumerSettings]
     warnings: tuple[str, ...] = field(default=())
+    proxy: ProxySettings = ProxySettings()
 
 
 def origin_of(url: str) -> tuple[str, str, int | None]:
