@@ -102,6 +102,10 @@ class Service:
         self.unload_gate: threading.Event | None = None
         self.health_gate: threading.Event | None = None
         self.before_unload: Callable[[str], None] = lambda _name: None
+        self.computing: bool | BackendError | None = None
+        """What it says when it is asked whether it is busy; None: it has no such report. A BackendError is raised."""
+        self.asked_whether_busy = 0
+        self.unloads_while_computing = 0
         self.asked_to_unload = 0
         self.asked_for_health = 0
         self._card = card
@@ -134,6 +138,7 @@ class Service:
 
     def unload(self, within_seconds: float) -> None:
         self.asked_to_unload += 1
+        self.unloads_while_computing += self.computing is True
         self.before_unload(self.consumer.name)
         if self.unload_gate is not None and not self.unload_gate.wait(within_seconds):
             raise BackendError("hung", "no answer in time")
@@ -150,7 +155,10 @@ class Service:
         return None
 
     def busy(self) -> bool | None:
-        return None
+        self.asked_whether_busy += 1
+        if isinstance(self.computing, BackendError):
+            raise self.computing
+        return self.computing
 
 
 class LedgerJournal:
@@ -258,13 +266,15 @@ class Stand:
     def dialects(self) -> Mapping[str, Dialect]:
         return self.services
 
-    def settings(self, headroom_mib: int = HEADROOM_MIB, **lease: float) -> Settings:
+    def settings(
+        self, headroom_mib: int = HEADROOM_MIB, mode: str = "evicting", when_unreadable: str = "refuse", **lease: float
+    ) -> Settings:
         return Settings(
             file=Path("consumers.yaml"),
             server=ServerSettings(),
-            gpu=GpuSettings(probe="simulated", headroom_mib=headroom_mib),
+            gpu=GpuSettings(probe="simulated", headroom_mib=headroom_mib, when_unreadable=when_unreadable),
             lease=LeaseSettings(**lease),
-            scheduling=SchedulingSettings(),
+            scheduling=SchedulingSettings(mode=mode),
             catalog=self.catalog,
             consumers={},
         )
@@ -280,6 +290,8 @@ class World(Stand):
         *,
         loads: Sequence[str] = (),
         headroom_mib: int = HEADROOM_MIB,
+        mode: str = "evicting",
+        when_unreadable: str = "refuse",
         clock: Clock | None = None,
         move: Callable[[float], object] | None = None,
         read_first: bool = True,
@@ -294,9 +306,8 @@ class World(Stand):
         self.preparations: dict[int, Preparation] = {}
         self.stepping: int | None = None
         self.each_instant: Callable[[], None] = lambda: None
-        self.broker = UnthreadedBroker(
-            self.settings(headroom_mib, **lease), self.probe, self.dialects, self.clock, self.journal, self.pause
-        )
+        settings = self.settings(headroom_mib, mode, when_unreadable, **lease)
+        self.broker = UnthreadedBroker(settings, self.probe, self.dialects, self.clock, self.journal, self.pause)
         if read_first:
             self.broker.observe_card()
 
@@ -322,15 +333,22 @@ class World(Stand):
         """An acquire, as far as its wait. Raises what the broker refuses at once."""
         return self.acquire(Ask(consumer=name, **words))
 
+    def call(self, name: str, **words: Any) -> Caller:
+        """A proxied call, as far as its wait."""
+        return self._waiting(self.broker.call, Ask(consumer=name, **words))
+
     def acquire(self, ask: Ask) -> Caller:
+        return self._waiting(self.broker.acquire, ask)
+
+    def _waiting(self, wanted: Callable[[Ask], Lease | Call], ask: Ask) -> Caller:
         try:
-            lease = self.broker.acquire(ask)
+            granted = wanted(ask)
         except _Waits as waits:
             caller = Caller(waits.ticket, waits.deadline)
             self.callers.append(caller)
             self.wake()
             return caller
-        raise _HadIt(lease)
+        raise _HadIt(granted)
 
     def wake(self) -> None:
         """Every caller looks whether it has its answer or its time is over, as its thread does when woken."""
@@ -432,9 +450,10 @@ class World(Stand):
 class _HadIt(Exception):
     """``acquire`` answered at once with the lease that this request has already."""
 
-    def __init__(self, lease: Lease) -> None:
+    def __init__(self, granted: Lease | Call) -> None:
         super().__init__("had it")
-        self.lease = lease
+        assert isinstance(granted, Lease)
+        self.lease = granted
 
 
 HadIt = _HadIt
@@ -450,11 +469,18 @@ class StartedWorld(Stand):
         *,
         broker: type[Broker] = Broker,
         headroom_mib: int = HEADROOM_MIB,
+        mode: str = "evicting",
+        when_unreadable: str = "refuse",
         **lease: float,
     ) -> None:
         super().__init__(consumers, totals_mib, clock=SystemClock(), deferred=False)
         self.broker = broker(
-            self.settings(headroom_mib, **lease), self.probe, self.dialects, self.clock, self.journal, time.sleep
+            self.settings(headroom_mib, mode, when_unreadable, **lease),
+            self.probe,
+            self.dialects,
+            self.clock,
+            self.journal,
+            time.sleep,
         )
 
     def lease(self, name: str, **words: Any) -> Lease:

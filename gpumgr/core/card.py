@@ -7,11 +7,14 @@ Unreadable is not zero: a number the driver withholds is None, a GPU it does not
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 UNEXPLAINED_MIB = 1024
 """More than drivers keep for themselves."""
+
+UNKNOWN_TOTAL_MIB = 2**31
+"""Stands for the size of a card that was never read: every declared size fits it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,16 @@ class Reading:
                 return gpu
         return None
 
+    def believing(
+        self, refs: Iterable[int | str], last: Mapping[int | str, GpuReading], held_mib: Mapping[int | str, int]
+    ) -> Reading:
+        """The same reading, with an assumption in the place of each of these GPUs that cannot be read: the card and the
+        untracked processes of its last reading, and what its consumers are thought to hold."""
+        missing = [ref for ref in refs if self.problems([ref])]
+        assumed = tuple(_assumed(ref, last.get(ref), held_mib.get(ref, 0)) for ref in missing)
+        kept = tuple(gpu for gpu in self.gpus if gpu.index not in missing and gpu.uuid not in missing)
+        return Reading(self.read_at, kept + assumed)
+
     def problems(self, refs: Iterable[int | str]) -> list[str]:
         """One sentence for each of these GPUs that cannot be read now."""
         if self.error is not None:
@@ -96,3 +109,19 @@ class Reading:
             elif gpu.error is not None:
                 found.append(f"GPU {ref}: {gpu.error}")
         return found
+
+
+def _assumed(ref: int | str, last: GpuReading | None, held_mib: int) -> GpuReading:
+    total = UNKNOWN_TOTAL_MIB if last is None else last.total_mib
+    strangers = () if last is None else last.untracked
+    free = max(0, total - held_mib - sum(process.used_mib or 0 for process in strangers))
+    return GpuReading(
+        index=ref if isinstance(ref, int) else -1,
+        uuid=ref if isinstance(ref, str) else None if last is None else last.uuid,
+        name="" if last is None else last.name,
+        total_mib=total,
+        used_mib=total - free,
+        free_mib=free,
+        processes=strangers,
+        processes_readable=False,
+    )

@@ -8,7 +8,8 @@ Must not: unload, probe, wait or know a clock.
 1. A GPU that cannot be read: refuse (``gpu_unreadable``). No reading, no proof, no grant.
 2. A need above ``total - headroom``: refuse at once, unloading nobody.
 3. Consumers that may not coexist with the target and are resident: unload them, all at once. One that is in use
-   is waited for: what is in use is never unloaded.
+   is waited for (``draining``): what is in use is never unloaded. In use are holders, and who computes without one:
+   a holder's tail, or direct use.
 4. One of them kept its memory: refuse, whether or not the target would fit beside it. Only the driver can take that
    back: the consumer's own word that it is gone is what its unload has just disproved.
 5. It fits: grant.
@@ -17,6 +18,11 @@ Must not: unload, probe, wait or know a clock.
 8. Before any refusal whatever may still help is tried once: idle consumers that hold little (what stayed after an
    earlier unload, which may have become more), then the target itself where it is idle; and the card is read again.
 9. Refuse: ``eviction_failed`` where what the victims kept would cover the shortfall, else ``insufficient_vram``.
+
+Where nobody may be unloaded (``may_unload`` is false), rules 3, 4, 6 and 8 fall away: whoever is there is tolerated.
+
+A proxied call is short, and its caller cannot do anything about a refusal: ``decide_call`` turns rule 9 into a grant
+with a warning, unless a live lease shares the card, which it must not endanger: then it waits.
 
 Fit, on each of the target's GPUs:
 
@@ -75,6 +81,8 @@ class Victim:
     reason: KeptReason | None = None
     asked: bool = True
     """Whether it has an unload call at all."""
+    proved: bool = True
+    """By the card, and not by its own word."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class View:
 
     ``holdings`` maps (consumer, gpu); a missing pair holds nothing. ``in_use`` names the consumers that are
     anyone's now: held, prepared, computing. ``leaving`` names those in the middle of somebody else's unload.
+    ``busy`` names those among them, and the target itself, that compute without a holder: a tail, or direct use.
     ``tried`` are this preparation's own unloads so far, ``evicted`` and failed alike.
     ``last_used`` orders idle residents; who is missing was never used.
     """
@@ -93,8 +102,12 @@ class View:
     holdings: Mapping[tuple[str, GpuRef], Holding]
     promised_mib: Mapping[GpuRef, int]
     in_use: frozenset[str] = frozenset()
+    busy: frozenset[str] = frozenset()
     leaving: frozenset[str] = frozenset()
     target_in_use: bool = False
+    leased: bool = False
+    """A live lease shares a GPU with the target."""
+    may_unload: bool = True
     tried: Sequence[Victim] = ()
     last_used: Mapping[str, float] = field(default_factory=dict)
 
@@ -111,7 +124,10 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """It fits, and nobody is there who may not be."""
+    """It fits, and nobody is there who may not be; or it is a call that goes ahead ``despite`` what a lease would
+    have been refused for."""
+
+    despite: Refused | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +140,12 @@ class Unload:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Not now: look again when somebody ends, or the card changes. ``short_mib``: what is missing now."""
+    """Not now: look again when somebody ends, or the card changes. ``short_mib``: what is missing now;
+    ``consumers``: whose end is waited for, where that is known."""
 
     reason: Literal["vram", "preparing", "draining"]
     short_mib: int = 0
+    consumers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +165,14 @@ def decide(target: Consumer, view: View) -> Decision:
         return Refuse(insufficient(target, view))
     if target.name in view.leaving:
         return Wait("preparing")  # an unload call of its own is still on its way
-    excluded = _excluded_residents(target, view)
+    excluded = _excluded_residents(target, view) if view.may_unload else []
     if any(name in view.leaving for name in excluded):
         return Wait("preparing")  # somebody else is unloading it right now: look at what comes of that
     if any(name in view.failed() for name in excluded):  # 4
         return _before_refusing(target, view) or Refuse(kept_or_insufficient(target, view))
-    if any(name in view.in_use for name in excluded):  # 3
-        return Wait("draining")
+    draining = tuple(name for name in excluded if name in view.in_use)
+    if draining:  # 3
+        return Wait("draining", consumers=draining)
     if excluded:
         return Unload(tuple(excluded), required=True)
     if shortfall_mib(target, view) <= 0:  # 5
@@ -161,29 +180,46 @@ def decide(target: Consumer, view: View) -> Decision:
     return _make_room(target, view)
 
 
+def decide_call(target: Consumer, view: View) -> Decision:
+    """The same for a proxied call. What can never fit is refused to it too."""
+    decision = decide(target, view)
+    if not isinstance(decision, Refuse) or view.reading.problems(target.gpus) or impossible(target, view):
+        return decision
+    if view.leased:
+        return Wait("vram", max(0, shortfall_mib(target, view)))
+    return Grant(despite=decision.error)
+
+
 def _make_room(target: Consumer, view: View) -> Decision:
     failed = view.failed()
-    idle = _idle_residents(target, view)
+    idle = _idle_residents(target, view) if view.may_unload else []
     if any(name in view.leaving for name in idle):
         return Wait("preparing")
     for name in idle:  # 6
         if name not in failed:
             return Unload((name,), required=False)
     if would_fit_later(target, view):  # 7
-        return Wait("vram", shortfall_mib(target, view))
-    little = _little_ones(target, view)
+        return Wait("vram", shortfall_mib(target, view), _users(target, view))
+    little = _little_ones(target, view) if view.may_unload else ()
     if little:
         return Unload(little, required=False)
     return _before_refusing(target, view) or Refuse(kept_or_insufficient(target, view))
 
 
-def _before_refusing(target: Consumer, view: View) -> Unload | None:
+def _before_refusing(target: Consumer, view: View) -> Unload | Wait | None:
     """8: the target's own memory may be bloated or in pieces; once is enough."""
-    if view.target_in_use or shortfall_mib(target, view) <= 0:
+    if view.target_in_use or shortfall_mib(target, view) <= 0 or not view.may_unload:
         return None
     if any(victim.consumer == target.name for victim in view.tried) or not view.resident(target):
         return None
+    if target.name in view.busy:
+        return Wait("vram", shortfall_mib(target, view), (target.name,))
     return Unload((target.name,), required=False)
+
+
+def _users(target: Consumer, view: View) -> tuple[str, ...]:
+    """Those in use beside the target on its GPUs."""
+    return tuple(other.name for other in _others(target, view) if other.name in view.in_use)
 
 
 def _others(target: Consumer, view: View) -> list[Consumer]:
@@ -407,6 +443,9 @@ def insufficient(target: Consumer, view: View) -> InsufficientVram:
         message += f". Not gpumgr's to unload: {named}. It fits once enough of that has gone"
     else:
         message += ". Nothing that gpumgr may unload is left on the card"
+    if not view.may_unload and (residents := _idle_residents(target, view)):
+        held = ", ".join(f"{name} {view.held(name, worst).held_mib} MiB" for name in residents)
+        message += f". scheduling.mode lets gpumgr unload nobody; idle on the card: {held}"
     if _evicted(view):
         message += f". Unloaded for this attempt: {', '.join(_evicted(view))}"
     return InsufficientVram(

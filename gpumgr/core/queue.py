@@ -155,6 +155,10 @@ class Queue:
                 begun.append(self._hold(entry))
         return begun
 
+    def admit(self, entry: Entry) -> Hold:
+        """A holder at once, whether or not it has its turn."""
+        return self._hold(entry)
+
     def _hold(self, entry: Entry) -> Hold:
         self.leave(entry.seq)
         hold = Hold(entry.seq, entry.consumer, self.catalog.consumers[entry.consumer].gpus)
@@ -187,6 +191,9 @@ class Queue:
 
     def holds_of(self, consumer: str) -> list[Hold]:
         return [hold for hold in self._holds.values() if hold.consumer == consumer]
+
+    def is_waiting(self, entry: Entry) -> bool:
+        return entry.seq in self._line.get(entry.consumer, ())
 
     def waiting(self) -> list[Entry]:
         """Everyone in the line, in order of arrival."""

@@ -3,7 +3,7 @@
 Owns: waiting for an answer, and starting and stopping the threads. Must not: know HTTP, or hold the lock across
 I/O. All state is in state.py, all rules in core.
 
-Threads: ``watchdog`` (ends leases), one ``prepare-N`` per GPU, ``observe-card`` and ``observe-health`` (so that
+Threads: ``watchdog`` (ends leases), one ``prepare-N`` per GPU, ``observe-card`` and ``observe-servers`` (so that
 neither a hung driver nor a hung server can delay the watchdog), and the evictor's ``unload-NAME`` for one call each.
 """
 
@@ -24,7 +24,7 @@ from gpumgr.core.queue import Fifo, Phase
 from gpumgr.errors import GpumgrError, InternalError, LeaseMismatch, LeaseUnknown, ShuttingDown
 from gpumgr.runtime.evictor import Evictor
 from gpumgr.runtime.ports import BackendError, Clock, Dialect, Journal, Probe
-from gpumgr.runtime.preparation import Preparation, World
+from gpumgr.runtime.preparation import Preparation, World, ask_busy
 from gpumgr.runtime.refusals import prepare_timeout, scheduler_timeout
 from gpumgr.runtime.state import State
 from gpumgr.runtime.ticket import Ask, Ticket
@@ -35,6 +35,10 @@ log = logging.getLogger(__name__)
 CARD_EACH_SECONDS = 2.0
 HEALTH_EACH_SECONDS = 30.0
 HEALTH_IN_USE_EACH_SECONDS = 5.0
+BUSY_EACH_SECONDS = 10.0
+"""Direct use, for status alone: a decision asks by itself."""
+BUSY_SHOWN_SECONDS = 1.0
+TAIL_EACH_SECONDS = 0.5
 LONGEST_SLEEP_SECONDS = 1.0
 FIRST_READING_SECONDS = 5.0
 STALE_READING_SECONDS = 10.0
@@ -55,7 +59,18 @@ class Broker:
         self.settings = settings
         self.clock = clock
         self.journal = journal
-        self.state = State(settings.catalog, Fifo(), settings.lease, settings.gpu.headroom_mib, clock)
+        mode = settings.scheduling.mode
+        self._lets_pass = mode == "passthrough"
+        self.state = State(
+            settings.catalog,
+            Fifo(),
+            settings.lease,
+            settings.gpu.headroom_mib,
+            clock,
+            may_unload=mode == "evicting",
+            believes=settings.gpu.when_unreadable == "declared",
+        )
+        self._glance = False
         self.started_at: datetime | None = None
         self._probe = probe
         self._dialects = dialects
@@ -64,7 +79,7 @@ class Broker:
         self._workers: list[threading.Thread] = []
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._card = Rounds("observe-card", self.observe_card)
-        self._health = Rounds("observe-health", self._observe_health)
+        self._servers = Rounds("observe-servers", self._observe_servers)
         self._card_read = threading.Condition(self.state.lock)
 
     # -- start and stop -------------------------------------------------------------------------------------
@@ -81,7 +96,7 @@ class Broker:
             self._workers.append(worker)
             worker.start()
         self._watchdog.start()
-        self._health.start()
+        self._servers.start()
         self.state.note("start", None, version=__version__)
         log.info("start version=%s bind=%s", __version__, self.settings.server.bind)
 
@@ -98,7 +113,7 @@ class Broker:
             self.state.expiry.notify_all()
             self._card_read.notify_all()
         self._card.stop()
-        self._health.stop()
+        self._servers.stop()
         self.state.note("stop", None)
         log.info("stop")
 
@@ -108,7 +123,7 @@ class Broker:
         for thread in [*self._workers, self._watchdog]:
             if thread.is_alive():
                 thread.join(timeout_seconds)
-        for rounds in (self._card, self._health):
+        for rounds in (self._card, self._servers):
             rounds.join(timeout_seconds)
         self._probe.close()
 
@@ -119,6 +134,8 @@ class Broker:
                 return ["the broker is shutting down"]
             if self.started_at is None:
                 return ["the broker has not started yet"]
+            if self.state.believes:
+                return []
             reading = self.state.reading
             age = self.clock.monotonic() - reading.read_at
             if reading.error is None and age > STALE_READING_SECONDS:
@@ -146,6 +163,12 @@ class Broker:
 
         Raises: KindUnknown, ConsumerUnknown, RequestMismatch, RequestEnded, and every kind of Refused.
         """
+        granted = self._granted(ask, proxied=False)
+        if not isinstance(granted, Lease):
+            raise InternalError("gpumgr granted a call to somebody who asked for a lease")
+        return granted
+
+    def _granted(self, ask: Ask, *, proxied: bool) -> Lease | Call:
         self.tick()
         with self.state.lock:
             now = self.clock.monotonic()
@@ -155,10 +178,13 @@ class Broker:
                 if live is not None:
                     return live
             deadline = now + self._wait_seconds(ask)
-            granted = self._await(self._ticket(ask, consumer, now, deadline), deadline)
-        if not isinstance(granted, Lease):
-            raise InternalError("gpumgr granted a call to somebody who asked for a lease")
-        return granted
+            ticket = self._ticket(ask, consumer, now, deadline, proxied=proxied)
+            if not (self._lets_pass and self.state.queue.is_waiting(ticket.entry)):
+                return self._await(ticket, deadline)
+            self.state.let_pass(ticket)
+        Preparation(self.state, self._world, ticket).grant()
+        with self.state.lock:
+            return self._await(ticket, deadline)
 
     def _wait_seconds(self, ask: Ask) -> float:
         limits = self.settings.lease
@@ -175,13 +201,14 @@ class Broker:
             ticket.deadline = max(ticket.deadline, deadline)
             return ticket
         view = self._bare_view()
-        if not view.reading.problems(consumer.gpus) and impossible(consumer, view):
+        if not self._lets_pass and not view.reading.problems(consumer.gpus) and impossible(consumer, view):
             refusal = insufficient(consumer, view)
             self.state.note("refuse", consumer.name, holder=ask.holder, code=refusal.code, waited_seconds=0.0)
             log.info("refuse consumer=%s holder=%s code=%s: %s", consumer.name, ask.holder, refusal.code, refusal)
             raise refusal
         ticket = self.state.enter(ask, consumer, now, deadline, proxied=proxied)
-        self.state.advance(now)
+        if not self._lets_pass:
+            self.state.advance(now)
         return ticket
 
     def _await(self, ticket: Ticket, deadline: float) -> Lease | Call:
@@ -217,12 +244,7 @@ class Broker:
         Raises: KindUnknown, ConsumerUnknown, and every kind of Refused but InsufficientVram for what an eviction or
         another's end could mend: such a call goes ahead, unless a live lease shares the card.
         """
-        self.tick()
-        with self.state.lock:
-            now = self.clock.monotonic()
-            consumer = self.state.catalog.resolve(kind=ask.kind, consumer=ask.consumer)
-            deadline = now + self._wait_seconds(ask)
-            granted = self._await(self._ticket(ask, consumer, now, deadline, proxied=True), deadline)
+        granted = self._granted(ask, proxied=True)
         if not isinstance(granted, Call):
             raise InternalError("gpumgr granted a lease to a proxied call")
         return granted
@@ -252,7 +274,10 @@ class Broker:
             self.state.queue.leave(call.seq)
             self.state.note_used(call.consumer)
             self.state.advance()
+            look = self.state.memory[call.consumer].tail
             held = round(self.clock.monotonic() - call.began_at, 3)
+        if look:
+            self._servers.nudge()
         under = "" if call.lease_id is None else f" lease_id={call.lease_id}"
         log.info(
             "call consumer=%s waited_seconds=%s held_seconds=%s%s", call.consumer, call.waited_seconds, held, under
@@ -332,6 +357,9 @@ class Broker:
             self.state.queue.leave(lease.seq)
             self.state.note_used(lease.consumer)
             self.state.advance()
+            look = self.state.memory[lease.consumer].tail
+        if look:
+            self._servers.nudge()
         log.info("%s consumer=%s %s", event, lease.consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
 
     # -- threads --------------------------------------------------------------------------------------------
@@ -385,30 +413,64 @@ class Broker:
                     return
                 self._card_read.wait(left)
 
-    def _observe_health(self) -> float:
-        """Ask everyone whose health is old; leased ones sooner, as renew tells it to the holder."""
+    def glance(self) -> None:
+        """Somebody looks at status: what is older than a second is asked anew, for the next look."""
+        self._glance = True
+        self._servers.nudge()
+
+    def _observe_servers(self) -> float:
+        """Ask everyone whose health is old (leased ones sooner, as renew tells it to the holder), and everyone who may
+        be computing without a holder whether that is so."""
+        at_most = BUSY_SHOWN_SECONDS if self._glance else BUSY_EACH_SECONDS
+        self._glance = False
         for name, dialect in self._dialects.items():
             with self.state.lock:
                 if self.state.stopping:
                     return HEALTH_EACH_SECONDS
                 due = self._health_due(name)
             if due:
-                error = None
-                try:
-                    dialect.health()
-                except BackendError as failure:
-                    error = str(failure)
-                except Exception:  # a defect of one dialect must not hide the health of the others
-                    log.exception("health failed consumer=%s", name)
-                    error = "gpumgr failed to ask; its log has the traceback"
-                with self.state.lock:
-                    self.state.note_health(name, error)
-        return HEALTH_IN_USE_EACH_SECONDS / 2
+                self._look_at_health(name, dialect)
+            with self.state.lock:
+                due = self._busy_due(name, at_most)
+            if due:
+                self._look_at_work(name, dialect)
+        with self.state.lock:
+            working = any(m.reports_busy and (m.tail or m.busy) for m in self.state.memory.values())
+        return TAIL_EACH_SECONDS / 2 if working else HEALTH_IN_USE_EACH_SECONDS / 2
+
+    def _look_at_health(self, name: str, dialect: Dialect) -> None:
+        error = None
+        try:
+            dialect.health()
+        except BackendError as failure:
+            error = str(failure)
+        except Exception:  # a defect of one dialect must not hide the health of the others
+            log.exception("health failed consumer=%s", name)
+            error = "gpumgr failed to ask; its log has the traceback"
+        with self.state.lock:
+            self.state.note_health(name, error)
+
+    def _look_at_work(self, name: str, dialect: Dialect) -> None:
+        try:
+            ask_busy(self.state, name, dialect)
+        except Exception:
+            log.exception("busy failed consumer=%s", name)
+            with self.state.lock:
+                self.state.memory[name].busy_asked = self.clock.monotonic()
 
     def _health_due(self, name: str) -> bool:
         checked = self.state.memory[name].checked
         each = HEALTH_IN_USE_EACH_SECONDS if self.state.queue.holds_of(name) else HEALTH_EACH_SECONDS
         return checked is None or self.clock.monotonic() - checked >= each
+
+    def _busy_due(self, name: str, at_most_seconds: float) -> bool:
+        """A tail is looked at a moment after the holder's end: callers that come one after the other have none."""
+        remembered = self.state.memory[name]
+        if not self.state.may_ask_busy(name):
+            return False
+        each = TAIL_EACH_SECONDS if remembered.tail or remembered.busy else at_most_seconds
+        instants = [at for at in (remembered.busy_asked, remembered.last_used) if at is not None]
+        return not instants or self.clock.monotonic() - max(instants) >= each
 
 
 def _shutting_down() -> ShuttingDown:

@@ -38,6 +38,7 @@ FAST_POLL_SECONDS = 0.025
 SLOW_POLL_SECONDS = 0.1
 FAST_FOR_SECONDS = 2.0
 RETRY_FAILED_SECONDS = 1.0
+SAID_EACH_SECONDS = 0.25
 SETTLE_SECONDS = 0.5
 """How long free memory may lag behind the process list before it is believed as it is."""
 
@@ -54,6 +55,9 @@ class _Unload:
     free_before: Mapping[GpuRef, int]
     started_at: float
     growing: bool = False
+    believe: bool = False
+    said_at: float | None = None
+    proved: bool = True
     asked_at: float = 0.0
     calling: bool = False
     answered: bool = False
@@ -106,11 +110,12 @@ class Evictor:
         back: Callable[[str], None] = lambda _: None,
         *,
         growing: bool = False,
+        believe: bool = False,
     ) -> list[Victim]:
         """Unload these and wait for the proof; one Victim for each, in order. ``back`` is told each one's name once,
         when it may serve again: at the latest when this returns, or from a thread of its own when its call ends.
         ``growing``: memory may still be on its way to the card; what looks small is watched until it has come and
-        gone, or until the limit.
+        gone, or until the limit. ``believe``: where the card cannot be read, their own word counts.
 
         Returns after the slowest one's ``unload.timeout_seconds`` at the latest, plus one read of the card and one
         busy report (those whom the driver does not name go one after the other).
@@ -123,7 +128,8 @@ class Evictor:
         try:
             for number, group in enumerate(groups):
                 before = reading if number == 0 else self._probe.read()
-                for verdict in self._together(group, known, before, back, waiting, growing=growing):
+                unloads = self._began(group, known, before, back, growing=growing, believe=believe)
+                for verdict in self._together(unloads, waiting):
                     verdicts[verdict.consumer] = verdict
         finally:
             for name in waiting:
@@ -134,18 +140,18 @@ class Evictor:
     def _known(victim: Consumer, holdings: Mapping[tuple[str, GpuRef], Holding]) -> dict[GpuRef, Holding]:
         return {gpu: holdings.get((victim.name, gpu), Holding(0)) for gpu in victim.gpus}
 
-    def _together(
+    def _began(
         self,
         group: Sequence[Consumer],
         known: Mapping[str, Mapping[GpuRef, Holding]],
         reading: Reading,
         back: Callable[[str], None],
-        waiting: list[str],
         *,
         growing: bool,
-    ) -> list[Victim]:
+        believe: bool,
+    ) -> list[_Unload]:
         now = self._clock.monotonic()
-        unloads = [
+        return [
             _Unload(
                 consumer=victim,
                 dialect=self._dialects[victim.name],
@@ -154,13 +160,16 @@ class Evictor:
                 free_before=_free(victim, reading),
                 started_at=now,
                 growing=growing,
+                believe=believe,
                 still_since=now,
             )
             for victim in group
         ]
+
+    def _together(self, unloads: Sequence[_Unload], waiting: list[str]) -> list[Victim]:
         for unload in unloads:
             waiting.remove(unload.consumer.name)  # from here on its unload sees to it
-            self._ask(unload, now)
+            self._ask(unload, unload.started_at)
         try:
             self._watch(unloads)
             return [self._verdict(unload) for unload in unloads]
@@ -223,7 +232,7 @@ class Evictor:
 
     def _given_back(self, unload: _Unload, reading: Reading, now: float) -> bool:
         if reading.problems(unload.consumer.gpus):
-            return False
+            return unload.believe and self._said_gone(unload, now)
         held = {gpu: _held(unload.consumer, gpu, reading) for gpu in unload.consumer.gpus}
         free = _free(unload.consumer, reading)
         risen = {gpu: free[gpu] - unload.free_before.get(gpu, 0) for gpu in unload.consumer.gpus}
@@ -243,6 +252,25 @@ class Evictor:
         lagging = any(risen[gpu] < 0.9 * gone[gpu] for gpu in held)
         return not lagging or now - unload.proved_at >= SETTLE_SECONDS or now >= unload.limit
 
+    def _said_gone(self, unload: _Unload, now: float) -> bool:
+        """Without a card to look at: its call was answered, and its report, if any, says that nothing is loaded."""
+        refused = unload.error is not None and unload.error.refused
+        if refused or (unload.answered and self._says_nothing_is_loaded(unload, now)):
+            unload.still = dict.fromkeys(unload.consumer.gpus, 0)
+            unload.proved = False
+            return True
+        return False
+
+    def _says_nothing_is_loaded(self, unload: _Unload, now: float) -> bool:
+        if unload.said_at is not None and now - unload.said_at < SAID_EACH_SECONDS:
+            return False
+        unload.said_at = now
+        try:
+            report = unload.dialect.loaded()
+        except BackendError as error:
+            return error.refused
+        return report is None or not report.loaded
+
     def _verdict(self, unload: _Unload) -> Victim:
         end = unload.done_at if unload.done_at is not None else self._clock.monotonic()
         return Victim(
@@ -252,6 +280,7 @@ class Evictor:
             seconds=round(end - unload.started_at, 3),
             reason=None if unload.done_at is not None else self._why(unload),
             asked=unload.dialect.can_unload,
+            proved=unload.proved,
         )
 
     def _why(self, unload: _Unload) -> KeptReason:

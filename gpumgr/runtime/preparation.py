@@ -5,10 +5,12 @@ Owns: the order of the steps and putting the lock down for each. Must not: choos
     1. health    the target serves: a success at most 5 s old counts, so that this is asked again after a long step or
                  wait (not before the load where loading starts the service, nor where the card cannot be read: then
                  that is the answer)
-    2. look      read the card; ask those whose memory the driver does not tell
+    2. look      read the card; ask those whose memory the driver does not tell, and those who may be computing without
+                 a holder, whether they are
     3. decide    under the lock, from what was just read
-         unload  victims leave service under the lock, lock down, unload with proof, back to 2
-         wait    for a holder's end or for the card to change, with the turn kept, back to 2
+         unload  whoever was not asked just now whether it is busy: back to 2, to ask
+                 victims leave service under the lock, lock down, unload with proof, back to 2
+         wait    for a holder's end, for a tail's, or for the card to change, with the turn kept, back to 2
          refuse  the error is the answer
          fits    4. load, where the dialect has a call for it and it is not loaded; health again; back to 2
                  5. grant: ``granting`` under the lock, written to the journal with the lock down, then live
@@ -26,7 +28,7 @@ from enum import Enum
 
 from gpumgr.core.card import Reading
 from gpumgr.core.lease import Call, Lease
-from gpumgr.core.placement import Decision, Grant, Refuse, Report, Unload, Victim, Wait, decide
+from gpumgr.core.placement import Decision, Grant, Refuse, Report, Unload, Victim, Wait, decide, decide_call
 from gpumgr.core.queue import Phase, WaitingFor
 from gpumgr.errors import ConsumerUnhealthy, GpumgrError, InsufficientVram, InternalError
 from gpumgr.runtime.evictor import Evictor
@@ -39,7 +41,7 @@ log = logging.getLogger(__name__)
 
 HEALTH_COUNTS_SECONDS = 5.0
 LOOK_AGAIN_SECONDS = 0.5
-"""How often a card is read for a ticket that waits for memory nobody announces: a game that ends."""
+"""How often a card is read for a ticket that waits for memory nobody announces, and busy consumers are asked."""
 
 
 class Step(Enum):
@@ -76,6 +78,10 @@ class Preparation:
         self._settled = False
         self._loaded = False
         self._load_called = False
+        self._asks: set[str] = set()
+        """Victims that must say whether they are busy, each time until this preparation unloads somebody."""
+        self._said: dict[str, bool] = {}
+        self._told_would = False
 
     def run(self) -> None:
         """To the grant, to a refusal, or to nothing where nobody waits any more. Never raises."""
@@ -120,7 +126,8 @@ class Preparation:
     def _step(self) -> Step:
         with self._state.lock:
             unreadable = bool(self._state.reading.problems(self._target.gpus))
-        if not unreadable and (self._load_called or not self._dialect.load_starts_service):
+        believing = self._ticket.proxied or self._state.believes
+        if (believing or not unreadable) and (self._load_called or not self._dialect.load_starts_service):
             self._require_health()
         ends, reading, reports = self._look()
         if unreadable and not reading.problems(self._target.gpus):
@@ -137,6 +144,8 @@ class Preparation:
             raise decision.error
         if isinstance(decision, Wait):
             return Step.WAIT
+        if decision is None:
+            return Step.AGAIN
         if isinstance(decision, Unload):
             self._unload(decision.consumers, reading, reports)
         elif self._must_load():
@@ -146,19 +155,26 @@ class Preparation:
             return Step.DONE
         return Step.AGAIN
 
-    def _decide(self, reading: Reading, reports: Mapping[str, Report]) -> Decision:
-        """3, with the lock held: what follows from the decision begins before the lock is put down."""
+    def _decide(self, reading: Reading, reports: Mapping[str, Report]) -> Decision | None:
+        """3, with the lock held: what follows from the decision begins before the lock is put down. None: somebody must
+        be asked first whether it is busy."""
         state = self._state
         self._target = self._ticket.consumer = state.catalog.consumers[self._target.name]
         if self._ticket.waiting_for is not None and self._world.clock.monotonic() >= self._ticket.deadline:
             raise scheduler_timeout(state, self._ticket)
         state.note_reading(reading)
         self._seen = state.changes
-        view = state.view(self._ticket, reading, reports)
-        decision = decide(self._target, view)
+        view = state.view(self._ticket, reading, reports, (name for name, busy in self._said.items() if busy))
+        decision = (decide_call if self._ticket.proxied else decide)(self._target, view)
+        if isinstance(decision, Unload) and not self._asked(decision.consumers):
+            return None
+        if not view.may_unload and not isinstance(decision, Wait) and not self._told_would:
+            self._told_would = True
+            state.note_would_evict(self._ticket, decide(self._target, dataclasses.replace(view, may_unload=True)))
         if not isinstance(decision, Wait) and self._ticket.waiting_for is not None:
             state.prepare_anew(self._ticket)
         if isinstance(decision, Unload):
+            self._asks.clear()
             for name in decision.consumers:
                 state.queue.take_out(name)
             self._ticket.step = f"unloading {', '.join(decision.consumers)}"
@@ -170,17 +186,40 @@ class Preparation:
             if not self._must_load():
                 self._ticket.granting = True
                 state.queue.holds[self._ticket.seq].phase = Phase.GRANTING
+                self._warn(decision, reading)
         return decision
+
+    def _asked(self, victims: Sequence[str]) -> bool:
+        """Whether each of them has said just now that it is idle, or has no way to say so. Those that have not are
+        asked with the next look."""
+        missing = {name for name in victims if name not in self._said and self._state.memory[name].reports_busy}
+        self._asks |= missing
+        return not missing
+
+    def _warn(self, grant: Grant, reading: Reading) -> None:
+        """Of a grant that nothing has proved."""
+        name = self._target.name
+        if grant.despite is not None:
+            facts = {"code": grant.despite.code, "reason": grant.despite.message}
+            self._state.note("proxy_over_budget", name, **facts)
+            log.warning("proxy_over_budget consumer=%s code=%s: %s", name, grant.despite.code, grant.despite)
+        if self._state.believing(self._ticket, reading):
+            said = "; ".join(reading.problems(self._target.gpus))
+            log.warning("grant on declared sizes consumer=%s: %s", name, said)
 
     def _wait_inside(self, decision: Wait) -> None:
         if decision.reason == "vram":
-            self._ticket.step = f"waiting for {decision.short_mib} MiB that holders use or were promised"
+            who = ", ".join(decision.consumers) or "holders"
+            self._ticket.step = f"waiting for {decision.short_mib} MiB that {who} use or were promised"
             self._state.wait_inside(self._ticket, WaitingFor.VRAM)
         elif decision.reason == "draining":
-            self._ticket.step = "waiting for work that must end before its memory is taken"
+            self._ticket.step = f"waiting until {', '.join(self._drain_words(decision.consumers))}"
             self._state.wait_inside(self._ticket, WaitingFor.DRAINING)
         else:
             self._ticket.step = "waiting for an unload that another preparation began"
+
+    def _drain_words(self, consumers: Sequence[str]) -> list[str]:
+        return [_drain(name, self._state.computing(name), self._state.memory[name].busy_error) for name in consumers]
 
     def _require_wanted(self) -> None:
         if self._ticket.outcome is not None:
@@ -234,7 +273,14 @@ class Preparation:
             self._require_wanted()
             self._state.note_reading(reading)
             names = self._state.untold(self._target, reading)
-        return ends, reading, ask_reports(names, self._world.dialects)
+            asks = self._asks.union(self._state.suspects(self._target))
+        reports = ask_reports(names, self._world.dialects)
+        self._said = {}
+        for name in sorted(asks):
+            busy = ask_busy(self._state, name, self._world.dialects[name])
+            if busy is not None:
+                self._said[name] = busy
+        return ends, reading, reports
 
     # -- 3 --------------------------------------------------------------------------------------------------
 
@@ -246,7 +292,10 @@ class Preparation:
         with state.lock:
             holdings = state.holdings(reading, reports)
             consumers = [state.catalog.consumers[name] for name in victims]
-        outcome = self._world.evictor.unload(consumers, holdings, reading, self._back_in_service, growing=growing)
+            believe = self._state.believes or self._ticket.proxied
+        outcome = self._world.evictor.unload(
+            consumers, holdings, reading, self._back_in_service, growing=growing, believe=believe
+        )
         after = self._world.probe.read()
         with state.lock:
             for victim in outcome:
@@ -263,6 +312,8 @@ class Preparation:
     def _tell(self, victim: Victim) -> None:
         facts = dataclasses.asdict(victim)
         consumer, reason, _ = facts.pop("consumer"), facts.pop("reason"), facts.pop("asked")
+        if facts.pop("proved") is False and reason is None:
+            facts["proof"] = "its own word: the card could not be read"
         facts["for"] = self._target.name
         if reason is not None:
             facts["reason"] = reason
@@ -309,6 +360,16 @@ class Preparation:
 
     # -- 5 --------------------------------------------------------------------------------------------------
 
+    def grant(self) -> None:
+        """Without a look: what is granted holds already. Never raises."""
+        error: GpumgrError | None = None
+        try:
+            self._grant()
+        except Exception:
+            log.exception("grant failed consumer=%s", self._target.name)
+            error = InternalError("gpumgr failed while granting; its log has the traceback")
+        self._end(error)
+
     def _grant(self) -> None:
         if self._ticket.proxied:
             self._let_go_ahead()
@@ -333,7 +394,7 @@ class Preparation:
         with state.lock:
             fence = state.leases.next_fence()
             now = world.clock.monotonic()
-            gpus = [state.reading.gpu(ref) for ref in self._target.gpus]
+            gpus = [state.reading.gpu(ref) or state.readable.get(ref) for ref in self._target.gpus]
             lease = Lease(
                 lease_id=secrets.token_hex(5),
                 token=secrets.token_urlsafe(24),
@@ -361,6 +422,30 @@ class Preparation:
             state.expiry.notify()
             state.advance()
         log.info("grant consumer=%s %s", lease.consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
+
+
+def ask_busy(state: State, name: str, dialect: Dialect) -> bool | None:
+    """Whether this consumer computes now; None: it has no such report. A report that hangs, or that cannot be
+    understood, counts as busy; a machine that says nobody listens there cannot compute."""
+    with state.lock:
+        uses = state.memory[name].uses
+    busy: bool | None
+    error = None
+    try:
+        busy = dialect.busy()
+    except BackendError as failure:
+        busy = not failure.refused
+        error = None if failure.refused else str(failure)
+    with state.lock:
+        state.note_busy(name, uses, busy, error)
+    return busy
+
+
+def _drain(name: str, work: str | None, error: str | None) -> str:
+    if error is not None:
+        return f"{name} says whether it is busy ({error})"
+    words = {"tail": "has ended what its last holder began", "direct": "has ended what somebody gave it without gpumgr"}
+    return f"{name} {words.get(work or '', 'is idle')}"
 
 
 def ask_reports(names: list[str], dialects: Mapping[str, Dialect]) -> dict[str, Report]:

@@ -42,7 +42,14 @@ def scheduler_timeout(state: State, ticket: Ticket) -> SchedulerTimeout:
         waited_seconds=waited,
         ahead=ahead,
         holders=holders,
+        in_use=[{"consumer": name, "in_use": state.computing(name)} for name in _computing(state, ticket)],
     )
+
+
+def _computing(state: State, ticket: Ticket) -> list[str]:
+    """Those that compute without a holder beside it: while they do they are not unloaded."""
+    names = [name for name in state.memory if state.computing(name) and not state.queue.holds_of(name)]
+    return [name for name in names if state.catalog.share_gpu(name, ticket.consumer.name)]
 
 
 def _waited_for(state: State, ticket: Ticket) -> list[Hold]:

@@ -28,6 +28,7 @@ def snapshot(broker: Broker) -> dict[str, Any]:
             "version": __version__,
             "started_at": rfc3339(broker.started_at) if broker.started_at else None,
             "now": state.shown(now),
+            "mode": broker.settings.scheduling.mode,
             "when_unreadable": broker.settings.gpu.when_unreadable,
             "gpus": [_gpu(state, ref, promised.get(ref, 0)) for ref in _refs(state)],
             "consumers": [_consumer(broker, c, holdings) for c in state.catalog.consumers.values()],
@@ -104,7 +105,7 @@ def _in_use(state: State, consumer: str) -> str | None:
     holds = state.queue.holds_of(consumer)
     if holds:
         return "proxy" if all(_proxied(state, hold) for hold in holds) else "lease"
-    return "tail" if any(call.consumer == consumer for call in state.calls.values()) else None
+    return state.computing(consumer)
 
 
 def _proxied(state: State, hold: Hold) -> bool:

@@ -11,15 +11,28 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from gpumgr.config import LeaseSettings
-from gpumgr.core.card import Reading
+from gpumgr.core.card import GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
 from gpumgr.core.lease import Call, Lease, LeaseBook, RequestKey
-from gpumgr.core.placement import Holding, Report, Victim, View, assess, promised_mib
+from gpumgr.core.placement import (
+    Decision,
+    Holding,
+    Refuse,
+    Report,
+    Unload,
+    Victim,
+    View,
+    Wait,
+    assess,
+    decide,
+    decide_call,
+    promised_mib,
+)
 from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
 from gpumgr.errors import GpumgrError
 from gpumgr.runtime.ports import Clock
@@ -43,6 +56,16 @@ class Memory:
     leftover_mib: dict[GpuRef, int] = field(default_factory=dict)
     recognised: bool = False
     """One of its processes was seen on a card: from then on an empty list means that it holds nothing."""
+    uses: int = 0
+    """How often somebody began or ended to use it: an answer to "busy?" from before the last time says nothing."""
+    tail: bool = False
+    """A grant of it has ended, and it did not say since that it is idle."""
+    busy: bool = False
+    """Its last word, of a time without a holder."""
+    busy_error: str | None = None
+    busy_asked: float | None = None
+    reports_busy: bool = True
+    """False once it has said that it has no such report."""
     healthy: bool | None = None
     health_error: str | None = None
     checked: float | None = None
@@ -50,7 +73,18 @@ class Memory:
 
 
 class State:
-    def __init__(self, catalog: Catalog, policy: Policy, lease: LeaseSettings, headroom_mib: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        policy: Policy,
+        lease: LeaseSettings,
+        headroom_mib: int,
+        clock: Clock,
+        *,
+        may_unload: bool = True,
+        believes: bool = False,
+    ) -> None:
+        """``may_unload``: whether anybody is ever unloaded. ``believes``: declared sizes stand in for a reading."""
         self.lock = threading.Lock()
         self.work = threading.Condition(self.lock)
         """Preparation threads wait here for ``begun``."""
@@ -66,6 +100,9 @@ class State:
         self.inside: set[Ticket] = set()
         """Tickets whose preparation waits with the turn kept; at most one per GPU."""
         self.memory: dict[str, Memory] = {name: Memory() for name in catalog.consumers}
+        self.believes = believes
+        self.readable: dict[GpuRef, GpuReading] = {}
+        """The last reading of each GPU that could be read, by index."""
         self.reading = Reading(read_at=float("-inf"), error="the card was not read yet")
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self.changes = 0
@@ -75,6 +112,7 @@ class State:
         self.stopping = False
         self._lease = lease
         self._headroom_mib = headroom_mib
+        self._may_unload = may_unload
         self._clock = clock
 
     @property
@@ -163,11 +201,39 @@ class State:
     def _begin(self, ticket: Ticket, now: float) -> bool:
         if now >= ticket.deadline and now != ticket.entered_at:
             return False
+        self.memory[ticket.consumer.name].uses += 1
         ticket.prepare_limit = now + self._lease.max_prepare_seconds
         ticket.step = "waiting for a preparation thread"
         self.begun.append(ticket)
         self.work.notify()
         return True
+
+    def let_pass(self, ticket: Ticket) -> None:
+        """A holder at once, come what may; what would have happened to it is noted."""
+        self._note_would(ticket)
+        self.memory[ticket.consumer.name].uses += 1
+        self.queue.admit(ticket.entry).phase = Phase.GRANTING
+        ticket.granting = True
+
+    def _note_would(self, ticket: Ticket) -> None:
+        name = ticket.consumer.name
+        blockers = [hold.consumer for hold in self.queue.blockers(ticket.consumer)]
+        if blockers:
+            self.note("would_wait", name, holder=ticket.holder, waiting_for="holder", behind=blockers)
+        if self.memory[name].healthy is False:
+            self.note("would_refuse", name, holder=ticket.holder, code="consumer_unhealthy")
+        view = replace(self.view(ticket, self.reading, {}), may_unload=True)
+        decision = (decide_call if ticket.proxied else decide)(ticket.consumer, view)
+        if isinstance(decision, Wait) and not blockers:
+            self.note("would_wait", name, holder=ticket.holder, waiting_for=decision.reason)
+        self.note_would_evict(ticket, decision)
+        if isinstance(decision, Refuse):
+            error = decision.error
+            self.note("would_refuse", name, holder=ticket.holder, code=error.code, reason=error.message)
+
+    def note_would_evict(self, ticket: Ticket, decision: Decision) -> None:
+        if isinstance(decision, Unload):
+            self.note("would_evict", ticket.consumer.name, holder=ticket.holder, victims=list(decision.consumers))
 
     def prepare_anew(self, ticket: Ticket) -> None:
         """Its wait inside the preparation is over: the preparation's own limit counts again."""
@@ -189,12 +255,17 @@ class State:
         held = {hold.consumer for hold in self.queue.holds.values()}
         return frozenset(held | {call.consumer for call in self.calls.values()})
 
-    def view(self, ticket: Ticket, reading: Reading, reports: Mapping[str, Report]) -> View:
-        """What a decision about this ticket looks at."""
+    def view(self, ticket: Ticket, reading: Reading, reports: Mapping[str, Report], busy: Iterable[str] = ()) -> View:
+        """What a decision about this ticket looks at. ``busy`` have just said so. Those without a holder are in use all
+        the same, and what they have not taken yet is promised to them as to a holder: a model that a tail or somebody's
+        direct use is loading is not on the card yet."""
         target = ticket.consumer.name
-        others = self.in_use() - {target}
+        working = frozenset(name for name in busy if not self.queue.holds_of(name))
+        others = (self.in_use() | working) - {target}
         beside = [hold for hold in self.queue.holds_of(target) if hold.seq != ticket.seq]
         holdings = self.holdings(reading, reports)
+        if self.believing(ticket, reading):
+            reading = self._believed(ticket.consumer, reading, holdings)
         return View(
             catalog=self.catalog,
             reading=reading,
@@ -202,11 +273,28 @@ class State:
             holdings=holdings,
             promised_mib=self.promised(others, holdings),
             in_use=others,
+            busy=working,
             leaving=frozenset(name for name in self.catalog.consumers if self.queue.is_unloading(name)),
             target_in_use=bool(beside),
+            leased=any(overlap(lease.gpus, ticket.consumer.gpus) for lease in self.leases),
+            may_unload=self._may_unload,
             tried=tuple(ticket.tried),
             last_used={name: m.last_used for name, m in self.memory.items() if m.last_used is not None},
         )
+
+    def _may_believe(self, ticket: Ticket) -> bool:
+        """A proxied call goes on where the card cannot be read; a lease only where the file says so."""
+        return self.believes or ticket.proxied
+
+    def believing(self, ticket: Ticket, reading: Reading) -> bool:
+        """Whether what is decided about this ticket rests on declared sizes instead of this reading."""
+        return self._may_believe(ticket) and bool(reading.problems(ticket.consumer.gpus))
+
+    def _believed(self, target: Consumer, reading: Reading, holdings: Mapping[tuple[str, GpuRef], Holding]) -> Reading:
+        held: dict[GpuRef, int] = {}
+        for (_, gpu), holding in holdings.items():
+            held[gpu] = held.get(gpu, 0) + holding.held_mib
+        return reading.believing(target.gpus, self.readable, held)
 
     def holdings(self, reading: Reading, reports: Mapping[str, Report]) -> dict[tuple[str, GpuRef], Holding]:
         found = {}
@@ -249,6 +337,21 @@ class State:
                     break
         return names
 
+    def suspects(self, target: Consumer) -> list[str]:
+        """The consumers beside the target that have no holder and may be computing all the same."""
+        return [
+            name
+            for name, remembered in self.memory.items()
+            if name != target.name
+            and (remembered.tail or remembered.busy)
+            and self.may_ask_busy(name)
+            and self.catalog.share_gpu(name, target.name)
+        ]
+
+    def may_ask_busy(self, consumer: str) -> bool:
+        """While somebody holds it, busy is the holder's."""
+        return self.memory[consumer].reports_busy and not self.queue.holds_of(consumer)
+
     # -- memory of consumers --------------------------------------------------------------------------------
 
     def note_reading(self, reading: Reading) -> None:
@@ -258,6 +361,7 @@ class State:
         first = self.reading.read_at == float("-inf")
         before, now = (r.problems(self.catalog.gpus) for r in (self.reading, reading))
         self.reading = reading
+        self.readable.update({gpu.index: gpu for gpu in reading.gpus if gpu.readable})
         if now != before and (now or not first):
             self._note_problems(now)
         if self.catalog.unresolved and reading.error is None:
@@ -302,6 +406,26 @@ class State:
         remembered.checked = self._clock.monotonic()
         remembered.checked_at = self._clock.utc()
 
+    def note_busy(self, consumer: str, uses: int, busy: bool | None, error: str | None) -> None:
+        """Its answer to a question that was asked after ``uses`` uses. None: it has no such report."""
+        remembered = self.memory[consumer]
+        remembered.busy_asked = self._clock.monotonic()
+        remembered.reports_busy = busy is not None
+        if remembered.uses != uses or self.queue.holds_of(consumer):
+            return
+        remembered.busy = bool(busy)
+        remembered.busy_error = error
+        remembered.tail = remembered.tail and remembered.busy
+
+    def computing(self, consumer: str) -> str | None:
+        """What computes on it without a holder, as far as it is known: a ``tail``, ``direct`` use, or None."""
+        remembered = self.memory[consumer]
+        if any(call.consumer == consumer for call in self.calls.values()):
+            return "tail"
+        if not remembered.busy:
+            return None
+        return "tail" if remembered.tail else "direct"
+
     def note_loading(self, consumer: str) -> None:
         """Whatever becomes of its load call, from now on it may hold memory, and readings before it are old."""
         self.ends += 1
@@ -311,6 +435,9 @@ class State:
         """A grant of it has ended: it may have left memory behind."""
         self.note_loading(consumer)
         remembered = self.memory[consumer]
+        remembered.uses += 1
+        remembered.tail = remembered.reports_busy
+        remembered.busy = False
         remembered.last_used = self._clock.monotonic()
         remembered.last_used_at = self._clock.utc()
 

@@ -21,6 +21,7 @@ from gpumgr.core.placement import (
     Wait,
     assess,
     decide,
+    decide_call,
     given_back,
     impossible,
     promised_mib,
@@ -159,7 +160,7 @@ def test_5_headroom_is_never_lent(free: int, fits: bool) -> None:
 @pytest.mark.parametrize(("free", "fits"), [(13512, True), (13511, False)])
 def test_5_what_was_promised_to_others_is_not_lent_again(free: int, fits: bool) -> None:
     state = view(gpu(free), promised=9000, in_use=["chat"])
-    assert decide(TALK, state) == (Grant() if fits else Wait("vram", 1))
+    assert decide(TALK, state) == (Grant() if fits else Wait("vram", 1, ("chat",)))
 
 
 def test_5_what_the_target_holds_it_does_not_need_again() -> None:
@@ -199,7 +200,7 @@ def test_6_what_is_in_use_is_never_unloaded() -> None:
     state = view(gpu(2000), held={"chat": 20000, "hear": 2000}, in_use=["hear"], last_used={"chat": 9.0})
     assert decide(TALK, state) == Unload(("chat",), required=False)
     nobody_idle = view(gpu(2000), held={"chat": 20000, "hear": 2000}, in_use=["hear", "chat"])
-    assert decide(TALK, nobody_idle) == Wait("vram", 4000 + 512 - 2000)
+    assert decide(TALK, nobody_idle) == Wait("vram", 4000 + 512 - 2000, ("chat", "hear"))
 
 
 def test_6_a_failed_one_is_not_asked_again_and_the_next_one_is() -> None:
@@ -219,7 +220,7 @@ def test_7_it_waits_where_it_fits_once_the_consumers_in_use_are_done() -> None:
     state = view(gpu(10000, games={"game": 10000}), held={"chat": 4000}, promised=5000, in_use=["chat"])
     assert decide(TALK, state) == Grant()
     tight = view(gpu(9000, games={"game": 11000}), held={"chat": 4000}, promised=5000, in_use=["chat"])
-    assert decide(TALK, tight) == Wait("vram", 4000 + 512 + 5000 - 9000)
+    assert decide(TALK, tight) == Wait("vram", 4000 + 512 + 5000 - 9000, ("chat",))
     never = view(gpu(500, games={"game": 19500}), held={"chat": 4000}, promised=0, in_use=["chat"])
     assert isinstance(refused(decide(TALK, never)), InsufficientVram)
 
@@ -341,9 +342,9 @@ def test_several_the_refusal_is_of_the_shortest() -> None:
 def test_several_promises_count_on_their_own_gpu() -> None:
     gpus = (gpu(24000), gpu(12000, index=1, total=12000))
     assert decide(SPAN, view(*gpus, of=TWO, promised={0: 19488}, in_use=["near"])) == Grant()
-    assert decide(SPAN, view(*gpus, of=TWO, promised={0: 19489}, in_use=["near"])) == Wait("vram", 1)
+    assert decide(SPAN, view(*gpus, of=TWO, promised={0: 19489}, in_use=["near"])) == Wait("vram", 1, ("near",))
     assert decide(SPAN, view(*gpus, of=TWO, promised={1: 3489}, in_use=["far"])) == Wait(
-        "vram", 8000 + 512 + 3489 - 12000
+        "vram", 8000 + 512 + 3489 - 12000, ("far",)
     )
 
 
@@ -411,3 +412,99 @@ def test_assess_2_the_driver_s_number_above_what_stayed_after_the_last_unload() 
 @pytest.mark.parametrize(("used", "held", "resident"), [(True, 9000, True), (False, 0, False), (None, 0, None)])
 def test_assess_3_what_the_broker_remembers(used: bool | None, held: int, resident: bool | None) -> None:
     assert assessed(None, used_since_unload=used) == Holding(held, exact=False, resident=resident)
+
+
+# -- tails, direct use --------------------------------------------------------------------------------------
+
+
+def test_3_a_tail_or_direct_use_is_waited_for_and_named() -> None:
+    state = view(gpu(13000), held={"chat": 9000, "hear": 2000}, in_use=["chat"], busy=frozenset({"chat"}))
+    assert decide(PAINT, state) == Wait("draining", consumers=("chat",))
+
+
+def test_6_the_next_idle_one_makes_room_where_the_first_is_busy() -> None:
+    state = view(
+        gpu(4000, games={"game": 0}),
+        held={"chat": 9000, "hear": 11000},
+        in_use=["hear"],
+        busy=frozenset({"hear"}),
+        last_used={"hear": 1.0, "chat": 2.0},
+    )
+    assert decide(TALK, state) == Unload(("chat",), required=False)
+
+
+def test_8_a_busy_target_is_not_unloaded_to_mend_itself() -> None:
+    state = view(gpu(500, games={"game": 18000}), held={"paint": 5500})
+    assert decide(PAINT, state) == Unload(("paint",), required=False)
+    busy = view(gpu(500, games={"game": 18000}), held={"paint": 5500}, busy=frozenset({"paint"}))
+    assert decide(PAINT, busy) == Wait("vram", 14000 - 5500 + 512 - 500, ("paint",))
+
+
+# -- proxied calls ------------------------------------------------------------------------------------------
+
+
+def test_a_call_goes_ahead_where_a_lease_is_refused_unless_a_live_lease_shares_the_card() -> None:
+    full = view(gpu(5000, games={"game": 19000}))
+    error = refused(decide(PAINT, full))
+    granted = decide_call(PAINT, full)
+    assert isinstance(granted, Grant)
+    assert granted.despite is not None
+    assert granted.despite.message == error.message
+    leased = view(gpu(5000, games={"game": 19000}), leased=True)
+    assert decide_call(PAINT, leased) == Wait("vram", 14000 + 512 - 5000)
+
+
+def test_a_call_goes_ahead_beside_a_consumer_that_kept_its_memory() -> None:
+    state = view(gpu(15000), held={"chat": 9000}, tried=[kept("chat", 9000)])
+    granted = decide_call(PAINT, state)
+    assert isinstance(granted, Grant)
+    assert isinstance(granted.despite, EvictionFailed)
+
+
+def test_a_call_that_fits_is_a_plain_grant() -> None:
+    assert decide_call(PAINT, view(gpu(24000), leased=True)) == Grant()
+
+
+def test_a_call_for_what_can_never_fit_is_refused_like_a_lease() -> None:
+    assert isinstance(refused(decide_call(PAINT, view(gpu(12000, total=12000)))), InsufficientVram)
+
+
+# -- nobody is unloaded -------------------------------------------------------------------------------------
+
+
+def test_where_nobody_may_be_unloaded_residents_are_tolerated_while_it_fits() -> None:
+    fits = view(gpu(15000), held={"chat": 9000}, may_unload=False)
+    assert decide(PAINT, fits) == Grant()
+    full = view(gpu(9000), held={"chat": 9000, "hear": 2000}, may_unload=False)
+    error = refused(decide(PAINT, full))
+    assert isinstance(error, InsufficientVram)
+    assert "idle on the card: chat 9000 MiB, hear 2000 MiB" in error.message
+
+
+# -- a card that cannot be read -----------------------------------------------------------------------------
+
+
+def test_an_assumed_card_has_the_strangers_of_the_last_reading() -> None:
+    last: dict[GpuRef, GpuReading] = {0: gpu(12000, games={"game": 10000})}
+    assumed = Reading(2.0, error="the driver is away").believing([0], last, {0: 9000})
+    (seen,) = assumed.gpus
+    assert (seen.total_mib, seen.free_mib, seen.index) == (24000, 24000 - 10000 - 9000, 0)
+    assert [p.name for p in seen.untracked] == ["game"]
+    assert seen.held_mib("chat") is None
+    assert assumed.problems([0]) == []
+
+
+def test_a_card_that_was_never_read_lends_what_is_declared() -> None:
+    assumed = Reading(2.0, error="the driver is away").believing([0, "GPU-x"], {}, {})
+    state = view(*assumed.gpus, held={})
+    assert decide(PAINT, state) == Grant()
+    assert assumed.gpu("GPU-x") is not None
+
+
+def test_what_can_be_read_stays_as_it_is() -> None:
+    reading = Reading(2.0, (gpu(12000), GpuReading(1, "GPU-1", "card", 0, 0, 0, error="it is lost")))
+    assumed = reading.believing([0, 1], {1: gpu(20000, index=1)}, {1: 3000})
+    assert assumed.gpu(0) is reading.gpu(0)
+    other = assumed.gpu(1)
+    assert other is not None
+    assert (other.readable, other.total_mib, other.free_mib) == (True, 24000, 21000)
