@@ -35,7 +35,7 @@ def scheduler_timeout(state: State, ticket: Ticket) -> SchedulerTimeout:
     why = f"waiting for {reason}" if ticket.waiting_for is None else ticket.step
     waited = state.waited(ticket)
     return SchedulerTimeout(
-        f"{ticket.consumer.name} was not granted within {waited:g} s ({why}): {_said(state, ticket, holders, ahead)}. "
+        f"{ticket.consumer.name} was not granted within {waited:g} s, {why}{_said(state, ticket, holders, ahead)}. "
         "Ask again, or with a longer wait_seconds",
         consumer=ticket.consumer.name,
         waiting_for=reason,
@@ -86,9 +86,9 @@ def _said(state: State, ticket: Ticket, holders: list[dict[str, Any]], ahead: in
     said = [_words(facts) for facts in holders]
     if state.queue.is_unloading(ticket.consumer.name):
         said.append(f"{ticket.consumer.name} itself is being unloaded for somebody else")
-    if not said:
+    if not said and ticket.waiting_for is None:
         said.append(f"{ahead} requests are ahead of it" if ahead else "its turn came only after that")
-    return "; ".join(said)
+    return f": {'; '.join(said)}" if said else ""
 
 
 def _words(facts: Mapping[str, Any]) -> str:

@@ -137,6 +137,9 @@ class Ollama(SimulatedService):
         with self._changed:
             self._until(lambda: all(r.unlisted or r.is_settled() for r in self._runners.values()))
             loaded = {name: r.expires_at() for name, r in self._runners.items() if not r.unlisted}
+            if loaded and self.faults.unlisted_polls:
+                self.faults.unlisted_polls -= 1
+                loaded = {}
         return json_reply({"models": [self._running(name, expires_at) for name, expires_at in loaded.items()]})
 
     def _running(self, name: str, expires_at: float) -> dict[str, object]:

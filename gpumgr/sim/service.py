@@ -40,6 +40,8 @@ class Faults:
     dies_on_unload: bool = False
     unhealthy: bool = False
     """Health is answered 503; all else works."""
+    unlisted_polls: int = 0
+    """So many of the next reports of what is loaded are empty although something is; it then clears itself."""
     frees_share: float = 1.0
     """Only this share of the memory comes back; the service itself believes that all did."""
 

@@ -22,6 +22,7 @@ import requests
 
 from gpumgr.adapters.dialects import dialect_of
 from gpumgr.adapters.dialects.http import Http
+from gpumgr.adapters.dialects.ollama import FLICKERS
 from gpumgr.config import Call, ConsumerSettings, Report
 from gpumgr.core.placement import Report as LoadedReport
 from gpumgr.runtime.ports import BackendError
@@ -306,7 +307,12 @@ def test_ollama_without_models_has_nothing_to_unload(nothing: object) -> None:
         ollama = speak("ollama", wire.url)
         ollama.unload(5)
         assert ollama.loaded() == LoadedReport(loaded=False, used_mib=0)
-    assert wire.calls == [("GET", "/api/ps", None)] * 2
+    assert wire.calls == [("GET", "/api/ps", None)] * (1 + 1 + FLICKERS)
+
+
+def test_ollama_s_list_may_leave_out_a_model_for_a_poll_or_two() -> None:
+    with Wire([says({"models": []}), says({"models": []}), models("a:1")]) as wire:
+        assert speak("ollama", wire.url).loaded() == LoadedReport(loaded=True, used_mib=3000)
 
 
 def test_ollama_is_asked_with_its_own_paths_and_adds_up() -> None:

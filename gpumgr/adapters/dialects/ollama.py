@@ -17,6 +17,9 @@ from gpumgr.core.placement import Report as LoadedReport
 from gpumgr.runtime.ports import BackendError
 
 UNLOAD_SECONDS = 5.0
+FLICKERS = 2
+"""So many polls in a row were seen to leave out a model that was busy."""
+FLICKER_SECONDS = 0.05
 
 
 class _Model(TypedDict):
@@ -27,6 +30,7 @@ class _Model(TypedDict):
 class Ollama(Http):
     ask_again_seconds: float | None = 1.0
     health_default: ClassVar[str | None] = "/api/version"
+    proxy_path_default: ClassVar[str | None] = "/api/chat"
 
     @property
     def can_unload(self) -> bool:
@@ -50,17 +54,24 @@ class Ollama(Http):
             raise failure
 
     def loaded(self) -> LoadedReport | None:
-        """A hanging ``/api/ps`` is a model that loads: loaded, size unknown."""
+        """A hanging ``/api/ps`` is a model that loads: loaded, size unknown. One that lists nothing is asked again."""
         if self._settings.loaded is not None:
             return super().loaded()
         try:
-            models = self._models(REPORT_SECONDS)
+            models = self._models_looked_at_twice()
         except BackendError as error:
             if error.reason == "hung":
                 return LoadedReport(loaded=True)
             raise
         used = sum(model["size_vram"] for model in models)
         return LoadedReport(loaded=used > 0, used_mib=used // 2**20)
+
+    def _models_looked_at_twice(self) -> list[_Model]:
+        for _ in range(FLICKERS):
+            if models := self._models(REPORT_SECONDS):
+                return models
+            time.sleep(FLICKER_SECONDS)
+        return self._models(REPORT_SECONDS)
 
     def _models(self, within_seconds: float) -> list[_Model]:
         answer = self._json("/api/ps", timeout_seconds=within_seconds)
