@@ -13,6 +13,7 @@ from gpumgr.adapters.dialects import dialect_of
 from gpumgr.adapters.journal import NoJournal
 from gpumgr.adapters.nvml import NvmlProbe
 from gpumgr.adapters.ownership import Claim, Ownership
+from gpumgr.adapters.patient import PatientProbe
 from gpumgr.adapters.simulated import SimulatedProbe, read_card_file
 from gpumgr.config import Settings, origin_of
 from gpumgr.runtime.broker import Broker
@@ -37,7 +38,7 @@ def build_probe(settings: Settings) -> Probe:
         return SimulatedProbe(read_card_file(_card_file(settings), indexes=indexes), owners)
     ports = _local_ports(settings)
     claims = [Claim(name, c.processes, ports.get(name)) for name, c in settings.consumers.items()]
-    return NvmlProbe(Ownership(claims, time.monotonic).owner)
+    return PatientProbe(NvmlProbe(Ownership(claims, time.monotonic).owner))
 
 
 def _card_file(settings: Settings) -> Path:
