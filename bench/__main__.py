@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 
-from bench import handover, handover_eviction, idle, renew, waiters, window
+from bench import free_to_grant, handover, handover_eviction, idle, renew, waiters, window
 from bench.figure import Figure, keep, table
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "handover": handover.run,
     "handover_eviction": handover_eviction.run,
+    "free_to_grant": free_to_grant.run,
     "renew": renew.run,
     "waiters": waiters.run,
     "idle": idle.run,
