@@ -38,7 +38,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gpumgr.core.card import GpuReading, Reading
+from gpumgr.core.card import GpuProcess, GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
 from gpumgr.errors import EvictionFailed, GpuUnreadable, InsufficientVram, Refused
 
@@ -428,6 +428,7 @@ def insufficient(target: Consumer, view: View) -> InsufficientVram:
     worst = _to_blame(target, view)
     gpu = _gpu(view, worst)
     needed = target.needs_mib(worst)
+    short = max(0, _shortfall_on(target, view, worst))
     strangers = sorted(gpu.untracked, key=lambda p: -(p.used_mib or 0))
     message = (
         f"{target.name} needs {needed} MiB on GPU {worst} ({gpu.name}); {gpu.free_mib} of {gpu.total_mib} MiB are "
@@ -440,7 +441,7 @@ def insufficient(target: Consumer, view: View) -> InsufficientVram:
         message += f". It can never fit on this card: lower vram_resident_mib of {target.name} or gpu.headroom_mib"
     elif strangers:
         named = ", ".join(f"{p.name} (pid {p.pid}) {_mib(p.used_mib)}" for p in strangers)
-        message += f". Not gpumgr's to unload: {named}. It fits once enough of that has gone"
+        message += f". Not gpumgr's to unload: {named}. {_would_have_to_go(strangers, short)}"
     else:
         message += ". Nothing that gpumgr may unload is left on the card"
     if not view.may_unload and (residents := _idle_residents(target, view)):
@@ -453,6 +454,7 @@ def insufficient(target: Consumer, view: View) -> InsufficientVram:
         consumer=target.name,
         gpu=worst,
         needed_mib=needed,
+        short_mib=short,
         free_mib=gpu.free_mib,
         total_mib=gpu.total_mib,
         headroom_mib=view.headroom_mib,
@@ -461,6 +463,23 @@ def insufficient(target: Consumer, view: View) -> InsufficientVram:
         untracked=[{"pid": p.pid, "name": p.name, "used_mib": p.used_mib} for p in strangers],
         evicted=_evicted(view),
     )
+
+
+def _would_have_to_go(strangers: Sequence[GpuProcess], short_mib: int) -> str:
+    """In words: any one of those that are large enough, else the largest ones together. Largest first."""
+    enough = [p.name for p in strangers if (p.used_mib or 0) >= short_mib]
+    if enough:
+        return f"{short_mib} MiB are missing: it fits once {' or '.join(enough)} has gone"
+    together: list[str] = []
+    freed = 0
+    for process in strangers:
+        together.append(process.name)
+        freed += process.used_mib or 0
+        if freed >= short_mib:
+            return f"{short_mib} MiB are missing: it fits once {' and '.join(together)} have gone"
+    if any(process.used_mib is None for process in strangers):
+        return f"{short_mib} MiB are missing: the driver does not tell whether they hold that much"
+    return f"{short_mib} MiB are missing: even without them it would not fit"
 
 
 def _mib(used_mib: int | None) -> str:

@@ -414,6 +414,22 @@ def test_assess_3_what_the_broker_remembers(used: bool | None, held: int, reside
     assert assessed(None, used_since_unload=used) == Holding(held, exact=False, resident=resident)
 
 
+@pytest.mark.parametrize(
+    ("games", "words"),
+    [
+        ({"bg3.exe": 10600}, "1112 MiB are missing: it fits once bg3.exe has gone"),
+        ({"bg3.exe": 9000, "ide": 1600}, "1112 MiB are missing: it fits once bg3.exe or ide has gone"),
+        ({"a": 900, "b": 800, "c": 700, "d": 600}, "1112 MiB are missing: it fits once a and b have gone"),
+        ({"a": 900}, "1112 MiB are missing: even without them it would not fit"),
+        ({"a": None}, "1112 MiB are missing: the driver does not tell whether they hold that much"),
+    ],
+)
+def test_a_refusal_says_what_would_have_to_go(games: dict[str, int | None], words: str) -> None:
+    error = refused(decide(PAINT, view(gpu(13400, games=games))))
+    assert words in error.message
+    assert error.details["short_mib"] == 1112
+
+
 # -- tails, direct use --------------------------------------------------------------------------------------
 
 
