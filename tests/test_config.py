@@ -67,6 +67,7 @@ def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
     bare = config.LeaseSettings()
     assert settings.lease == bare
     assert settings.scheduling == config.SchedulingSettings()
+    assert settings.proxy == config.ProxySettings()
     assert (settings.server.threads, settings.server.reserved_threads) == (128, 16)
 
 
@@ -89,6 +90,10 @@ def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
         ({"lease.max_ttl_seconds": "600s"}, ["lease.max_ttl_seconds", "without a unit"]),
         ({"server.bind": "127.0.0.1:²"}, ["server.bind"]),
         ({"scheduling.policy": "lifo"}, ["scheduling.policy", "fifo"]),
+        ({"scheduling.mode": "observe"}, ["scheduling.mode", "evicting, locked, passthrough"]),
+        ({"gpu.when_unreadable": "believe"}, ["gpu.when_unreadable", "refuse, declared"]),
+        ({"proxy.idle_timeout_seconds": 0}, ["proxy.idle_timeout_seconds", "more than 0"]),
+        ({"proxy.timeout": 5}, ["proxy.timeout", "not a known key"]),
         ({"routing.video": "nobody"}, ["routing.video", "'nobody'", "comfyui, whisper"]),
         ({"routing.models": "comfyui"}, ["routing.models", "reserved"]),
         ({"routing.Image": "comfyui"}, ["routing.Image", "rename"]),
