@@ -6,8 +6,10 @@ the pool for 5 s (a renew then waits behind idle connections), and from 26.0 on 
 main loop for up to 2 s per client that keeps its end open. 23.0 does neither.
 """
 
-from gpumgr.web import server
+from gpumgr.web import server, systemd
 
+# Before anything else: gunicorn would tell systemd READY=1 itself when it has opened the port, without a worker.
+systemd.manager()
 settings = server.settings_or_exit()  # here and not in a hook: only here does exit code 2 reach the shell
 
 bind = settings.server.bind
@@ -45,6 +47,7 @@ accesslog = None
 def when_ready(arbiter):  # type: ignore[no-untyped-def]
     """A second worker would grant the GPU twice: neither `--workers 2` nor a signal brings one."""
     server.ignore_worker_count_signals()
+    systemd.tell_signals()
     if arbiter.cfg.workers != 1:
         arbiter.log.error("gpumgr needs exactly one worker, not %s: remove --workers", arbiter.cfg.workers)
         arbiter.halt(exit_status=2)
@@ -56,7 +59,9 @@ def post_fork(_arbiter, _worker):  # type: ignore[no-untyped-def]
 
 def post_worker_init(worker):  # type: ignore[no-untyped-def]
     """In the worker, after the fork and before the first connection: where threads may start."""
-    server.start_worker(worker.wsgi.extensions["gpumgr"], wait_seconds=graceful_timeout + 5)
+    broker = worker.wsgi.extensions["gpumgr"]
+    server.start_worker(broker, wait_seconds=graceful_timeout + 5)
+    systemd.start(broker, worker.sockets[0].getsockname())
 
 
 def worker_exit(_arbiter, worker):  # type: ignore[no-untyped-def]
