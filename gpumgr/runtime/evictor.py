@@ -4,7 +4,7 @@ Owns: the unload calls and the proof. Must not: choose victims or hold the broke
 
     0 ms      every victim's unload call goes out, each on a short thread of its own: one server that hangs
               must not hide what another gives back
-    +25 ms …  the card is read: each 25 ms for 2 s, then each 75 ms
+    +25 ms …  the card is read: each 25 ms for 2 s, then each 50 ms
     +1 s …    a dialect that loses calls, or a call that failed, is asked again each second
     limit     whoever has not given back is a failed victim, with the reason
 
@@ -35,7 +35,7 @@ from gpumgr.runtime.ports import BackendError, Clock, Dialect, Probe
 log = logging.getLogger(__name__)
 
 FAST_POLL_SECONDS = 0.025
-SLOW_POLL_SECONDS = 0.075
+SLOW_POLL_SECONDS = 0.05
 """With the step after it this stays below 100 ms from the memory's return to the grant (bench/free_to_grant.py)."""
 FAST_FOR_SECONDS = 2.0
 RETRY_FAILED_SECONDS = 1.0

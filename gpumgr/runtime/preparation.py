@@ -28,7 +28,7 @@ from enum import Enum
 
 from gpumgr.core.card import Reading
 from gpumgr.core.lease import Call, Lease
-from gpumgr.core.placement import Decision, Grant, Refuse, Report, Unload, Victim, Wait, decide, decide_call
+from gpumgr.core.placement import Decision, Grant, Refuse, Report, Unload, Victim, View, Wait, decide, decide_call
 from gpumgr.core.queue import Phase, WaitingFor
 from gpumgr.errors import ConsumerUnhealthy, GpumgrError, InsufficientVram, InternalError
 from gpumgr.runtime.evictor import Evictor
@@ -138,9 +138,6 @@ class Preparation:
                 return Step.AGAIN  # whoever ended may have taken its memory after the card was read
             decision = self._decide(reading, reports)
         if isinstance(decision, Refuse):
-            if self._ticket.tried and not self._settled and isinstance(decision.error, InsufficientVram):
-                self._settled = True
-                return Step.WAIT  # what was unloaded is proved at its residual and may still be falling: look once more
             raise decision.error
         if isinstance(decision, Wait):
             return Step.WAIT
@@ -168,18 +165,27 @@ class Preparation:
         decision = (decide_call if self._ticket.proxied else decide)(self._target, view)
         if isinstance(decision, Unload) and not self._asked(decision.consumers):
             return None
+        if self._may_still_fall(decision):
+            return Wait("vram")
         if not view.may_unload and not isinstance(decision, Wait) and not self._told_would:
             self._told_would = True
             state.note_would_evict(self._ticket, decide(self._target, dataclasses.replace(view, may_unload=True)))
-        if not isinstance(decision, Wait) and self._ticket.waiting_for is not None:
+        if isinstance(decision, Wait):
+            self._wait_inside(decision)
+        else:
+            self._begin(decision, view, reading)
+        return decision
+
+    def _begin(self, decision: Grant | Unload | Refuse, view: View, reading: Reading) -> None:
+        """What must be so before the lock is put down."""
+        state = self._state
+        if self._ticket.waiting_for is not None:
             state.prepare_anew(self._ticket)
         if isinstance(decision, Unload):
             self._asks.clear()
             for name in decision.consumers:
                 state.queue.take_out(name)
             self._ticket.step = f"unloading {', '.join(decision.consumers)}"
-        elif isinstance(decision, Wait):
-            self._wait_inside(decision)
         elif isinstance(decision, Grant):
             on_card = (view.held(self._target.name, gpu).resident for gpu in self._target.gpus)
             self._loaded = self._loaded or all(on_card)
@@ -187,7 +193,15 @@ class Preparation:
                 self._ticket.granting = True
                 state.queue.holds[self._ticket.seq].phase = Phase.GRANTING
                 self._warn(decision, reading)
-        return decision
+
+    def _may_still_fall(self, decision: Decision) -> bool:
+        """What was unloaded is proved at its residual and may still be falling: look once more before it counts."""
+        error = decision.error if isinstance(decision, Refuse) else None
+        error = decision.despite if isinstance(decision, Grant) else error
+        if not isinstance(error, InsufficientVram) or not self._ticket.tried or self._settled:
+            return False
+        self._settled = True
+        return True
 
     def _asked(self, victims: Sequence[str]) -> bool:
         """Whether each of them has said just now that it is idle, or has no way to say so. Those that have not are
