@@ -19,6 +19,7 @@ def routes(broker: Broker) -> Blueprint:
 
     @blueprint.get("/v1/status")
     def status() -> Response:
+        broker.glance()
         broker.fresh_card(FRESH_CARD_SECONDS)
         return jsonify(snapshot(broker))
 
