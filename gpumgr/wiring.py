@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 import time
+from collections import Counter
 from pathlib import Path
 
 from flask import Flask
 
 from gpumgr.adapters.clock import SystemClock
-from gpumgr.adapters.dialects import dialect_of
+from gpumgr.adapters.dialects import REGISTERED, dialect_of
 from gpumgr.adapters.journal import NoJournal
 from gpumgr.adapters.nvml import NvmlProbe
 from gpumgr.adapters.ownership import Claim, Ownership
@@ -36,9 +37,24 @@ def build_probe(settings: Settings) -> Probe:
         owners = {port: name for name, port in _local_ports(settings).items()}
         indexes = sorted({ref for ref in settings.catalog.gpus if isinstance(ref, int)} | {0})
         return SimulatedProbe(read_card_file(_card_file(settings), indexes=indexes), owners)
+    return PatientProbe(NvmlProbe(Ownership(claims_of(settings), time.monotonic).owner))
+
+
+def claims_of(settings: Settings) -> list[Claim]:
+    """A dialect's usual patterns cannot tell two consumers of it apart: they count where there is one."""
     ports = _local_ports(settings)
-    claims = [Claim(name, c.processes, ports.get(name)) for name, c in settings.consumers.items()]
-    return PatientProbe(NvmlProbe(Ownership(claims, time.monotonic).owner))
+    dialects = Counter(consumer.dialect for consumer in settings.consumers.values())
+    return [
+        Claim(
+            consumer=name,
+            patterns=c.processes,
+            port=ports.get(name),
+            unit=c.unit,
+            container=c.container,
+            usual=REGISTERED[c.dialect].usual_processes if dialects[c.dialect] == 1 else (),
+        )
+        for name, c in settings.consumers.items()
+    ]
 
 
 def _card_file(settings: Settings) -> Path:

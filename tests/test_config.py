@@ -116,6 +116,10 @@ def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
         ({"consumers.whisper.unload.json": {}, "consumers.whisper.unload.path": None}, ["unload", "without a path"]),
         ({"consumers.whisper.health": {"path": "/h", "method": "POST"}}, ["consumers.whisper.health", "GET"]),
         ({"consumers.whisper.busy": {"path": "/busy"}}, ["consumers.whisper.busy.json is missing"]),
+        ({"consumers.whisper.unit": "tts service"}, ["consumers.whisper.unit", "ollama.service"]),
+        ({"consumers.whisper.container": "/whisper"}, ["consumers.whisper.container", "docker ps"]),
+        ({"consumers.whisper.unit": "a", "consumers.comfyui.unit": "a.service"}, ["consumers.whisper.unit is also"]),
+        ({"consumers.whisper.container": "a", "consumers.comfyui.container": "a"}, ["consumers.comfyui.container"]),
         ({"consumers.9lives": {}}, ["consumers.9lives", "rename"]),
         ({"consumers": {}, "routing": {}}, ["consumers is empty"]),
         ({"consumers": ["comfyui"]}, ["consumers must be a mapping"]),
@@ -154,6 +158,12 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     assert "cannot be read" in refusal(tmp_path / "nowhere.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "UTF-8" in refusal(tmp_path / "binary.yaml")
+
+
+def test_a_unit_is_named_as_systemctl_takes_it(tmp_path: Path) -> None:
+    units = {"consumers.whisper.unit": "whisper@1", "consumers.comfyui.unit": "gpu.slice"}
+    consumers = config.load_file(written(tmp_path, units)).consumers
+    assert [consumers[name].unit for name in ("whisper", "comfyui")] == ["whisper@1.service", "gpu.slice"]
 
 
 def test_the_environment_wins(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ Owns: matching a process against what each consumer claims, and remembering the 
 whole machine (it starts from the few pids the driver names and walks up), signal anything, or raise.
 
 Facts of Linux, checked 2026-11: another user's ``/proc/PID/fd`` cannot be listed, so whose socket it is stays
-unknown then, while its name, command line, parent and ``/proc/PID/net/tcp`` can be read. A broker that runs as a
-user of its own therefore tells owners by patterns, and by port only among its own user's processes.
+unknown then, while its name, command line, cgroup, parent and ``/proc/PID/net/tcp`` can be read. A broker that runs as
+a user of its own therefore tells owners by patterns and cgroups, and by port only among its own user's processes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,15 @@ from fnmatch import fnmatchcase
 
 import psutil
 
+from gpumgr.adapters.cgroups import (
+    SHORTEST_ID,
+    Containers,
+    container_ids_of,
+    lxc_names_of,
+    paths_of,
+    units_of,
+)
+
 STRANGER_SECONDS = 2.0
 """A process that nobody claims is looked at again after this long: it may start to listen later."""
 
@@ -33,7 +42,9 @@ _LISTENING = b"0A"
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What makes a process a consumer's: ``patterns`` on its names and command line, or a listening TCP ``port``.
+    """What makes a process a consumer's: ``patterns`` on its names and command line, the systemd ``unit`` or the
+    ``container`` (name, or id from 12 digits on) it runs in, its dialect's ``usual`` patterns, or a listening TCP
+    ``port``.
 
     Patterns are those of ``fnmatch``, in the case they are written in; ``*`` also matches ``/``.
     """
@@ -41,6 +52,9 @@ class Claim:
     consumer: str
     patterns: tuple[str, ...] = ()
     port: int | None = None
+    unit: str | None = None
+    container: str | None = None
+    usual: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +83,19 @@ class Ownership:
     the same.
     """
 
-    def __init__(self, claims: Sequence[Claim], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        claims: Sequence[Claim],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        cgroups: Callable[[int], Sequence[str]] = paths_of,
+        containers: Containers | None = None,
+    ) -> None:
+        """``cgroups`` tells the paths of a pid's cgroups."""
         self._claims = tuple(claims)
         self._clock = clock
+        self._cgroups = cgroups
+        self._containers = Containers(clock=clock) if containers is None else containers
         self._ports = frozenset(claim.port for claim in claims if claim.port is not None)
         self._remembered: dict[int, _Remembered] = {}
         self._tables: dict[int, _Table] = {}
@@ -79,10 +103,13 @@ class Ownership:
     def owner(self, pid: int, name: str) -> str | None:
         """The consumer that this process belongs to, or None: a stranger, or one that cannot be looked at.
 
-        ``name`` is what the driver calls it, path included. The first that applies, in the order of the claims:
+        ``name`` is what the driver calls it, path included. The first rule that applies, for each in the order of the
+        claims:
 
         1. A pattern matches the driver's name, the system's name, an argument, or the whole command line.
-        2. It listens on a claimed port, or its parent does, and so on up; a process that serves often computes in
+        2. It runs in the unit or the container.
+        3. A usual pattern of the dialect matches, in the same way.
+        4. It listens on a claimed port, or its parent does, and so on up; a process that serves often computes in
            a child. Process 1 is nobody's: with socket activation it listens for everyone.
         """
         started = started_ticks(pid)
@@ -101,16 +128,33 @@ class Ownership:
         stat = _stat(pid)
         if stat is None or stat.dead:
             return None
-        return self._by_pattern(pid, name) or self._by_port(pid)
+        words = _words(pid, name) if any(claim.patterns or claim.usual for claim in self._claims) else []
+        return (
+            self._by_words(words, lambda claim: claim.patterns)  # 1
+            or self._by_cgroup(pid)  # 2
+            or self._by_words(words, lambda claim: claim.usual)  # 3
+            or self._by_port(pid)  # 4
+        )
 
-    def _by_pattern(self, pid: int, name: str) -> str | None:
-        words: list[str] | None = None
+    def _by_words(self, words: Sequence[str], patterns_of: Callable[[Claim], Sequence[str]]) -> str | None:
         for claim in self._claims:
-            if claim.patterns and words is None:
-                words = _words(pid, name)
-            if any(fnmatchcase(word, pattern) for pattern in claim.patterns for word in words or ()):
+            if any(fnmatchcase(word, pattern) for pattern in patterns_of(claim) for word in words):
                 return claim.consumer
         return None
+
+    def _by_cgroup(self, pid: int) -> str | None:
+        if not any(claim.unit or claim.container for claim in self._claims):
+            return None
+        paths = self._cgroups(pid)
+        units, ids, names = units_of(paths), container_ids_of(paths), lxc_names_of(paths)
+        for claim in self._claims:
+            if claim.unit in units or (claim.container and self._is_in(claim.container, ids, names)):
+                return claim.consumer
+        return None
+
+    def _is_in(self, container: str, ids: set[str], names: set[str]) -> bool:
+        by_id = len(container) >= SHORTEST_ID and any(each.startswith(container) for each in ids)
+        return by_id or container in names or any(self._containers.name(each) == container for each in ids)
 
     def _by_port(self, pid: int) -> str | None:
         if not self._ports:

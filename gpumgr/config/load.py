@@ -90,6 +90,7 @@ def _settings(file: Path, document: object, environ: Mapping[str, str]) -> Setti
     _require_known_neighbours(catalog)
     _require_mutual(catalog)
     _require_own_origins(s for _, s in parsed)
+    _require_own_cgroups([s for _, s in parsed])
     settings = {s.name: s for _, s in parsed}
     return Settings(file, server, gpu, lease, scheduling, catalog, settings, tuple(_warnings(catalog, settings)), proxy)
 
@@ -214,6 +215,8 @@ def _consumer(name: str, consumers: Section) -> tuple[Consumer, ConsumerSettings
         loaded=_report(section, "loaded"),
         proxy_path=section.take("proxy_path", check.url_path, "") or None,
         processes=section.take("processes", check.texts, no_texts),
+        unit=section.take("unit", check.unit, "") or None,
+        container=section.take("container", check.container, "") or None,
     )
     consumer = Consumer(
         name=name,
@@ -327,6 +330,18 @@ def _require_own_origins(settings: Iterable[ConsumerSettings]) -> None:
                 "one consumer; route several kinds to it instead"
             )
         owners[origin] = consumer.name
+
+
+def _require_own_cgroups(settings: Iterable[ConsumerSettings]) -> None:
+    owners: dict[tuple[str, str], str] = {}
+    for consumer in settings:
+        for key, value in (("unit", consumer.unit), ("container", consumer.container)):
+            other = owners.setdefault((key, value), consumer.name) if value is not None else consumer.name
+            if other != consumer.name:
+                raise ConfigError(
+                    f"consumers.{consumer.name}.{key} is also consumers.{other}.{key}: whose memory it is would not be "
+                    "known; tell them apart with processes"
+                )
 
 
 def _warnings(catalog: Catalog, settings: Mapping[str, ConsumerSettings]) -> Iterable[str]:

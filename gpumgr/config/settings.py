@@ -94,6 +94,8 @@ class ConsumerSettings:
     loaded: Report | None = None
     proxy_path: str | None = None
     processes: tuple[str, ...] = ()
+    unit: str | None = None
+    container: str | None = None
 
 
 @dataclass(frozen=True)

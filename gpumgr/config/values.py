@@ -7,6 +7,7 @@ there are (load.py).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -186,6 +187,23 @@ def url(where: str, value: Any) -> str:
     if parts.query or parts.fragment or parts.username or parts.password:
         raise ConfigError(f"{where} must be scheme, host, port and path alone, without user, query or fragment")
     return written.rstrip("/")
+
+
+def unit(where: str, value: Any) -> str:
+    """``ollama`` is ollama.service, as systemctl has it."""
+    written = text(where, value)
+    if not re.fullmatch(r"[A-Za-z0-9:_.\\@-]+", written):
+        raise ConfigError(f"{where} must be the name of a systemd unit such as ollama.service, not {shown(value)}")
+    return written if written.endswith((".service", ".scope", ".slice")) else f"{written}.service"
+
+
+def container(where: str, value: Any) -> str:
+    written = text(where, value)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", written):
+        raise ConfigError(
+            f"{where} must be the name or the id of a container, as docker ps shows it, not {shown(value)}"
+        )
+    return written
 
 
 def bind(where: str, value: Any) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from gpumgr.adapters.cgroups import Containers
 from gpumgr.adapters.ownership import STRANGER_SECONDS, TABLE_SECONDS, Claim, Ownership, last_component, started_ticks
 
 # Children live until their standard input ends. None inherits a socket from here: Python closes them at exec.
@@ -194,6 +195,55 @@ def test_a_pattern_comes_before_any_port(clock: Hands) -> None:
         assert Ownership(claims, clock).owner(process.pid, "") == "by-pattern"
 
 
+# -- units and containers --
+
+CONTAINER = "3949fff2e8dd8d0df1a7419b3f1f99cb0530558df91f627bf8d50e18e9cb5e6c"
+
+
+class Names(Containers):
+    def name(self, container_id: str) -> str | None:
+        return {CONTAINER: "studio-comfyui-1"}.get(container_id)
+
+
+@pytest.mark.parametrize(
+    ("claim", "path"),
+    [
+        (Claim("x", unit="ollama.service"), "/system.slice/ollama.service"),
+        (Claim("x", unit="gpu.slice"), "/gpu.slice/tts.service"),
+        (Claim("x", container="studio-comfyui-1"), f"/system.slice/docker-{CONTAINER}.scope"),
+        (Claim("x", container=CONTAINER[:12]), f"/docker/{CONTAINER}"),
+        (Claim("x", container=CONTAINER), f"/machine.slice/libpod-{CONTAINER}.scope/container"),
+        (Claim("x", container="101"), "/lxc/101/ns/system.slice/tts.service"),
+    ],
+)
+def test_a_unit_or_a_container_tells(clock: Hands, claim: Claim, path: str) -> None:
+    def owner(paths: list[str]) -> str | None:
+        claims = [Claim("other", unit="other.service", container="nothing"), claim]
+        return Ownership(claims, clock, cgroups=lambda _: paths, containers=Names()).owner(os.getpid(), "")
+
+    assert owner([path]) == "x"
+    assert (
+        owner([path.replace("ollama", "llama").replace("gpu", "cpu").replace("39", "40").replace("101", "102")]) is None
+    )
+    assert owner([]) is None
+
+
+def test_patterns_then_cgroup_then_usual_patterns_then_port(clock: Hands) -> None:
+    with child(LISTENS, "127.0.0.1", "/srv/tts/main.py") as process:
+        claims = [
+            Claim("by-port", port=process.number()),
+            Claim("by-usual", usual=("*/main.py",)),
+            Claim("by-unit", unit="tts.service"),
+            Claim("by-pattern", ("/srv/tts/*",)),
+        ]
+        found = []
+        while claims:
+            paths = ["/system.slice/tts.service"]
+            found.append(Ownership(claims, clock, cgroups=lambda _, p=paths: p).owner(process.pid, ""))  # type: ignore[misc]
+            claims.pop()
+    assert found == ["by-pattern", "by-unit", "by-usual", "by-port"]
+
+
 # -- what is remembered --
 
 
@@ -254,7 +304,8 @@ import os, sys
 from gpumgr.adapters.ownership import Claim, Ownership
 os.setgroups([]), os.setgid(65534), os.setuid(65534)  # after the imports: nobody may not see this Python
 pid, port = map(int, sys.argv[1:])
-print(Ownership([Claim("w", port=port)]).owner(pid, ""), Ownership([Claim("w", ("/srv/whisper",))]).owner(pid, ""))
+claims = Claim("w", port=port), Claim("w", ("/srv/whisper",)), Claim("w", usual=("/srv/*",))
+print(*(Ownership([claim]).owner(pid, "") for claim in claims), bool(open(f"/proc/{pid}/cgroup").read()))
 """
 
 
@@ -265,7 +316,7 @@ def test_of_another_user_the_patterns_still_tell_and_the_port_does_not(clock: Ha
         assert Ownership([Claim("w", port=port)], clock).owner(process.pid, "") == "w"
         command = [sys.executable, "-c", LOOKS_AS_NOBODY, str(process.pid), str(port)]
         looked = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=20, check=True)
-        assert looked.stdout.split() == ["None", "w"]
+        assert looked.stdout.split() == ["None", "w", "w", "True"]
 
 
 # -- the two small facts --
