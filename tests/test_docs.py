@@ -46,6 +46,7 @@ def test_every_error_has_its_row(code: str) -> None:
             "gpus",
         ),
         *("vram_resident_mib", "residual_mib", "can_coexist_with", "max_concurrency", "processes", "health", "busy"),
+        *("unit", "container"),
         *("unload", "load", "loaded", "proxy_path"),
     ],
 )
@@ -64,7 +65,7 @@ def test_the_list_above_is_every_key_there_is() -> None:
 def test_every_route_is_documented() -> None:
     app = build(config.load_file(ROOT / "config" / "consumers.yaml"))
     for rule in app.url_map.iter_rules():
-        path = re.sub(r"<(\w+)>", r"{\1}", rule.rule)
+        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
         assert path in API, f"{path} is not in docs/api.md"
         assert any(route.endswith(f" {path}") for route in ROUTES), f"{path} is not among what a 404 lists"
 

@@ -18,15 +18,32 @@ class Places:
         self.count = count
         self._free = threading.Semaphore(count)
 
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """Raises: QueueFull."""
+    def take(self) -> Place:
+        """Until it is given back. Raises: QueueFull."""
         if not self._free.acquire(blocking=False):
             raise QueueFull(
                 f"all {self.count} places for waiting requests are taken; ask again later, or raise server.threads",
                 places=self.count,
             )
+        return Place(self._free)
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Raises: QueueFull."""
+        place = self.take()
         try:
             yield
         finally:
-            self._free.release()
+            place.give_back()
+
+
+class Place:
+    """Taken by one thread and given back by the same, which may say so more than once."""
+
+    def __init__(self, free: threading.Semaphore) -> None:
+        self._free: threading.Semaphore | None = free
+
+    def give_back(self) -> None:
+        free, self._free = self._free, None
+        if free is not None:
+            free.release()

@@ -10,6 +10,7 @@ import logging
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
+from werkzeug.routing.exceptions import WebsocketMismatch
 
 from gpumgr.errors import (
     GpumgrError,
@@ -27,10 +28,15 @@ ROUTES = (
     "POST /v1/lease/{token}/renew",
     "GET /v1/lease/{token}",
     "DELETE /v1/lease/{token}",
+    "ANY /v1/{kind}",
+    "ANY /v1/{kind}/{path}",
     "GET /v1/status",
     "GET /healthz",
     "GET /readyz",
 )
+
+
+NO_WEBSOCKETS = "WebSockets are not proxied: take a lease and connect to its url"
 
 
 def respond(error: GpumgrError) -> Response:
@@ -70,6 +76,8 @@ def _translated(error: HTTPException) -> GpumgrError:
         return NotFound(f"there is no such route; there are: {', '.join(ROUTES)}", routes=list(ROUTES))
     if error.code == 405:
         return MethodNotAllowed(f"this route does not take {request.method}; Allow lists what it takes")
+    if isinstance(error, WebsocketMismatch):
+        return InvalidRequest(NO_WEBSOCKETS)
     if error.code == 413:
         return PayloadTooLarge("the body is too large")
     if error.code is not None and error.code < 500:

@@ -1,4 +1,5 @@
-"""gunicorn's gthread worker, without its cost per waiting request, and without a wait for bodies nobody wants.
+"""gunicorn's gthread worker, without its cost per waiting request, without a wait for bodies nobody wants, and without
+a traceback for callers that stand still.
 
 The cost: gunicorn 23 gthread.py, ``ThreadWorker.run``: after every event the main loop calls
 ``concurrent.futures.wait`` on all requests that have not ended, which locks each of them. With 1 000 waiters that made
@@ -8,10 +9,14 @@ and at the end of the worker.
 The wait: gunicorn 23 parser.py, ``Parser.__next__``, drops what is left of a body before it reads the next request of a
 kept-alive connection, in a thread of the pool and without a limit of time. Four clients that announced a body and do
 not send it would hold four threads; so a connection whose body was not read whole is closed after its answer.
+
+The traceback: a proxied call sets a time limit on its caller's socket; gunicorn 23 gthread.py, ``ThreadWorker.handle``,
+logs everything that breaks an answer as a defect, but a connection that is gone.
 """
 
 from __future__ import annotations
 
+import errno
 from concurrent.futures import Future
 from typing import Any
 
@@ -47,6 +52,12 @@ class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     @futures.setter
     def futures(self, _value: object) -> None:
         """The base class sets its deque; here the pending set takes its place."""
+
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        try:
+            return super().handle_request(req, conn)
+        except TimeoutError as error:
+            raise BrokenPipeError(errno.EPIPE, "the caller takes nothing") from error
 
     def handle(self, conn: Any) -> tuple[bool, Any]:
         keepalive, conn = super().handle(conn)

@@ -4,6 +4,8 @@ Facts (ComfyUI server.py and main.py 0.3.64 and 0.33.0, read and run 2026-08 to 
 ``POST /free`` only sets flags for the prompt worker and answers 200 with an empty body before anything is freed;
 the worker reads them between prompts, and a wake-up can be lost, which asking again cures. ``unload_models`` alone
 keeps the memory while cached outputs hold the model: both flags, always. There is no list of loaded models.
+On loopback an Origin that is not its own Host is answered 403, 0.33.0 does so with ``Sec-Fetch-Site: cross-site`` too:
+a browser's page, proxied, has another host by nature.
 """
 
 from __future__ import annotations
@@ -23,6 +25,11 @@ CONTEXT_MIB = 768
 class ComfyUI(Http):
     ask_again_seconds: float | None = 1.0
     health_default: ClassVar[str | None] = "/system_stats"
+    proxy_path_default: ClassVar[str | None] = "/prompt"
+    usual_processes: ClassVar[tuple[str, ...]] = ("*/ComfyUI/main.py",)
+    strips_headers: ClassVar[frozenset[str]] = frozenset(
+        {"origin", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user"}
+    )
 
     @property
     def can_unload(self) -> bool:

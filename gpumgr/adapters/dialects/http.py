@@ -20,6 +20,11 @@ LOAD_SECONDS = 60.0
 class Http:
     ask_again_seconds: float | None = 2.0
     health_default: ClassVar[str | None] = None
+    proxy_path_default: ClassVar[str | None] = None
+    usual_processes: ClassVar[tuple[str, ...]] = ()
+    """Patterns of its processes, for a file that says nothing of them (ownership.py)."""
+    strips_headers: ClassVar[frozenset[str]] = frozenset()
+    """Headers of a proxied call that the server must not see, in small letters."""
 
     def __init__(self, settings: ConsumerSettings) -> None:
         self._settings = settings

@@ -1,0 +1,106 @@
+"""What of a request and of an answer is passed on, and as what.
+
+Owns: targets, headers, and the two headers that are meant for gpumgr. Must not: send anything.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote, unquote_to_bytes
+
+from gpumgr.adapters.upstream import Head, Header, Upstream
+from gpumgr.errors import InvalidRequest, NotFound
+
+LEASE, WAIT = "X-GPU-Lease", "X-GPU-Wait"
+HOP_BY_HOP = frozenset(
+    {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"}
+    | {"te", "trailer", "transfer-encoding", "upgrade"}
+)
+"""RFC 9110 section 7.6.1, and what older clients send."""
+OURS = frozenset({"host", "content-length", "expect", LEASE.lower(), WAIT.lower()})
+"""Written anew, or answered by gunicorn (100-continue), or for gpumgr."""
+GUNICORNS = frozenset({"content-length", "date", "server"})
+"""gunicorn 23 writes its own Date and Server, and drops others' (http/wsgi.py and util.py)."""
+
+SECONDS = re.compile(r"(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+ABSOLUTE = re.compile(r"\A[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
+NOT_IN_A_TARGET = re.compile(r"[\x00-\x20\x7f]")
+Environ = Mapping[str, Any]
+
+
+def wait_seconds(environ: Environ) -> float | None:
+    """Raises: InvalidRequest."""
+    said = environ.get("HTTP_X_GPU_WAIT")
+    if said is None:
+        return None
+    wanted = float(said) if SECONDS.fullmatch(said) else math.inf
+    if not math.isfinite(wanted):
+        raise InvalidRequest(f"{WAIT} must be a finite number of seconds, 0 or more", field=WAIT)
+    return wanted
+
+
+def target(environ: Environ, kind: str, upstream: Upstream) -> str:
+    """The path and query to ask the consumer for, byte by byte as the caller wrote them.
+
+    Raises: InvalidRequest; NotFound where the kind alone is called and its consumer has no path for that.
+    """
+    path, mark, query = _raw(environ).partition("#")[0].partition("?")
+    prefix, slash, rest = _behind_kind(path, kind)
+    if not prefix:
+        raise NotFound("the path must begin with /v1/KIND, its slashes written as slashes")
+    if slash:
+        return f"{upstream.prefix}/{rest}{mark}{query}"
+    if upstream.proxy_path is None:
+        raise NotFound(
+            f"/v1/{kind} alone leads nowhere: call /v1/{kind}/PATH with a path of {upstream.consumer}'s own, or "
+            f"configure consumers.{upstream.consumer}.proxy_path"
+        )
+    joint = "&" if mark and "?" in upstream.proxy_path else mark
+    return f"{upstream.prefix}{upstream.proxy_path}{joint}{query}"
+
+
+def _raw(environ: Environ) -> str:
+    """The request's target without scheme, host and mount point; Latin-1 for its bytes."""
+    raw = environ.get("RAW_URI")
+    if raw is None:
+        query = environ.get("QUERY_STRING", "")
+        return quote(environ["PATH_INFO"].encode("latin-1"), safe="/:@!$&'()*+,;=~") + (f"?{query}" if query else "")
+    if NOT_IN_A_TARGET.search(raw):
+        raise InvalidRequest("the path holds a control character or a space")
+    return str(ABSOLUTE.sub("", raw).removeprefix(environ.get("SCRIPT_NAME", "")))
+
+
+def _behind_kind(path: str, kind: str) -> tuple[str, str, str]:
+    """``/v1/KIND``, a slash, and what follows it. The first is empty where an escaped slash hides where it ends."""
+    empty, *segments = path.split("/", 3)
+    if empty or [unquote_to_bytes(segment) for segment in segments[:2]] != [b"v1", kind.encode()]:
+        return "", "", ""
+    return "/v1/" + kind, "/" if len(segments) == 3 else "", "".join(segments[2:])
+
+
+def request_headers(environ: Environ, upstream: Upstream, length: str | None) -> list[Header]:
+    """gunicorn has joined headers of the same name, and forgotten how their names were written."""
+    unwanted = HOP_BY_HOP | OURS | upstream.strips | _listed(environ.get("HTTP_CONNECTION", ""))
+    named = ((key[5:].replace("_", "-").title(), value) for key, value in environ.items() if key.startswith("HTTP_"))
+    headers = [(name, value) for name, value in named if name.lower() not in unwanted]
+    if environ.get("CONTENT_TYPE"):
+        headers.append(("Content-Type", environ["CONTENT_TYPE"]))
+    if length is not None:
+        headers.append(("Content-Length", length))
+    return headers
+
+
+def answer_headers(head: Head) -> list[Header]:
+    """Each as often as it came, in its order."""
+    connection = (value for name, value in head.headers if name.lower() == "connection")
+    unwanted = HOP_BY_HOP | GUNICORNS | _listed(",".join(connection))
+    headers = [(name, value) for name, value in head.headers if name.lower() not in unwanted]
+    return headers if head.length is None else [*headers, ("Content-Length", str(head.length))]
+
+
+def _listed(connection: str) -> frozenset[str]:
+    """The headers that a Connection header declares to be for this hop alone."""
+    return frozenset(name.strip().lower() for name in connection.split(","))

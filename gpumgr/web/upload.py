@@ -1,0 +1,93 @@
+"""The body of a request that is passed on: in pieces, as it arrives, never whole.
+
+Owns: reading it from gunicorn. Must not: look into it, whatever type it claims to have.
+
+gunicorn's own ``wsgi.input`` reads 1 KiB at a time until it has as much as was asked for, so that a live stream would
+wait for its next 64 KiB; here its two readers are asked for what has come (gunicorn 23 http/body.py).
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from flask import Request
+from gunicorn.http.body import Body, ChunkedReader
+from gunicorn.http.errors import NoMoreData, ParseException
+
+from gpumgr.errors import InvalidRequest
+
+PIECE_BYTES = 64 * 1024
+LARGEST_DROPPED_BYTES = 2**20
+
+
+class Upload:
+    """``chunked`` and ``length``: how the caller announced it; neither where there is none."""
+
+    def __init__(self, request: Request, sock: socket.socket | None) -> None:
+        """Raises: InvalidRequest where it is coded in a way that would be lost."""
+        environ = request.environ
+        coding = environ.get("HTTP_TRANSFER_ENCODING", "").strip().lower()
+        if coding not in ("", "chunked", "identity"):
+            raise InvalidRequest("Transfer-Encoding must be chunked, or left out", field="Transfer-Encoding")
+        self.chunked = coding == "chunked"
+        self.length: str | None = None if self.chunked else environ.get("CONTENT_LENGTH") or None
+        self._sock = sock
+        self._arriving = _arriving(request)
+        self._broken = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Raises: InvalidRequest where nothing comes for the socket's time limit, or it ends before it is whole."""
+        while piece := self._next():
+            yield piece
+
+    def _next(self) -> bytes:
+        try:
+            return next(self._arriving, b"")
+        except TimeoutError:
+            self._broken = True
+            limit = 0.0 if self._sock is None else self._sock.gettimeout() or 0.0
+            raise InvalidRequest(f"no byte of the body came for {limit:g} s") from None
+        except (OSError, ParseException):
+            self._broken = True
+            raise InvalidRequest("the body ended before it was whole, or its chunks cannot be read") from None
+
+    def drop_what_came(self) -> None:
+        """Of a small body that nobody wants, without waiting for the rest: it is mostly there, and a connection that
+        is closed over unread bytes is reset, which may overtake the answer."""
+        if self._broken or self._sock is None:
+            return
+        limit = self._sock.gettimeout()
+        self._sock.settimeout(0)
+        dropped = 0
+        with suppress(OSError, ParseException):
+            while dropped < LARGEST_DROPPED_BYTES and (piece := next(self._arriving, b"")):
+                dropped += len(piece)
+        self._sock.settimeout(limit)
+
+
+def _arriving(request: Request) -> Iterator[bytes]:
+    source = request.environ["wsgi.input"]
+    if isinstance(source, Body):
+        pieces = _chunks(source.reader) if isinstance(source.reader, ChunkedReader) else _bytes(source.reader)
+        return (piece for piece in pieces if piece)
+    return iter(lambda: request.stream.read(PIECE_BYTES), b"")  # flask's own server: no limits, no hurry
+
+
+def _chunks(reader: Any) -> Iterator[bytes]:
+    yield from reader.parser
+    reader.parser = None  # as its own ``read`` marks the end
+
+
+def _bytes(reader: Any) -> Iterator[bytes]:
+    reader.unreader.mxchunk = PIECE_BYTES
+    while reader.length:
+        came = reader.unreader.read()
+        if not came:
+            raise NoMoreData
+        piece = came[: reader.length]
+        reader.unreader.unread(came[len(piece) :])
+        reader.length -= len(piece)
+        yield piece
