@@ -1,27 +1,46 @@
-"""Status and health. Owns: showing. Must not: take a place; it answers while everything else waits."""
+"""Status and health. Owns: showing, as JSON, or to a browser as a page. Must not: take a place; it answers while
+everything else waits."""
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, jsonify
+import base64
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from flask import Blueprint, Request, Response, jsonify, render_template, request
+from markupsafe import Markup
 
 from gpumgr import __version__
 from gpumgr.errors import GpuUnreadable, ShuttingDown
 from gpumgr.runtime.broker import Broker
 from gpumgr.runtime.snapshot import snapshot
+from gpumgr.web.page import Page, page
 from gpumgr.web.problems import respond
 
 FRESH_CARD_SECONDS = 0.08
 """How long status waits for the card to be read anew; a driver that hangs makes it show the last reading."""
+STYLE_FILE = Path(__file__).parent / "templates" / "status.css"
 
 
 def routes(broker: Broker) -> Blueprint:
     blueprint = Blueprint("status", __name__)
+    printed = printer(STYLE_FILE.read_text(encoding="utf-8"))
 
     @blueprint.get("/v1/status")
     def status() -> Response:
         broker.glance()
         broker.fresh_card(FRESH_CARD_SECONDS)
-        return jsonify(snapshot(broker))
+        found = snapshot(broker)
+        if prefers_page(request):
+            refreshes = request.args.get("refresh") != "off"
+            response = printed(page(found, broker.settings.gpu.headroom_mib, refreshes=refreshes))
+        else:
+            response = jsonify(found)
+        response.vary.add("Accept")
+        response.cache_control.no_store = True
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
 
     @blueprint.get("/healthz")
     def healthz() -> Response:
@@ -40,3 +59,28 @@ def routes(broker: Broker) -> Blueprint:
         return response
 
     return blueprint
+
+
+def prefers_page(request: Request) -> bool:
+    """A browser names text/html; whoever takes anything, as curl does, gets JSON."""
+    if request.args.get("format") == "json":
+        return False
+    accepted = request.accept_mimetypes
+    return accepted.quality("text/html") > accepted.quality("application/json")
+
+
+def printer(style: str) -> Callable[[Page], Response]:
+    """The page as an answer whose policy lets nothing run and nothing load: its one style is named by its hash."""
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+    def printed(page: Page) -> Response:
+        response = Response(render_template("status.html", page=page, style=Markup(style)), mimetype="text/html")  # noqa: S704 - our own file
+        response.headers["Content-Security-Policy"] = policy
+        response.headers["Referrer-Policy"] = "no-referrer"
+        return response
+
+    return printed
