@@ -1,14 +1,16 @@
 """Any order of events: the broker's rules against a model of their own.
 
-The broker is real and never started: Hypothesis plays callers, holders, preparation threads, the watchdog, a game
-and a victim that lies. The model below shares no decision with gpumgr.core: it knows who conflicts with whom from
-its own table, computes expiry and fit from the card itself, and says after each step what must never have happened.
+The broker is real and never started: Hypothesis plays callers, holders, proxied calls, preparation threads, the
+watchdog, the observers, somebody who uses a consumer directly, a game, a victim that lies and a driver that cannot be
+read. The model (model.py and below) shares no decision with gpumgr.core: it knows who conflicts with whom from its own
+table, computes expiry and fit from the card itself, and says after each step what must never have happened.
 ``test_mutants.py`` shows that it does notice.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -21,86 +23,49 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from gpumgr.core.lease import Lease, RequestKey
+from gpumgr.core.card import Reading
+from gpumgr.core.lease import Call, Lease, RequestKey
+from gpumgr.core.queue import WaitingFor
 from gpumgr.errors import (
+    ConsumerUnhealthy,
     EvictionFailed,
     GpumgrError,
+    GpuUnreadable,
     InsufficientVram,
+    LeaseMismatch,
     LeaseUnknown,
     PrepareTimeout,
     RequestEnded,
     RequestMismatch,
     SchedulerTimeout,
 )
+from gpumgr.runtime import preparation
+from gpumgr.runtime.ports import BackendError
 from gpumgr.runtime.preparation import Step
 from gpumgr.runtime.ticket import Ask
-from tests.worlds import HEADROOM_MIB, Caller, HadIt, World, catalog, consumer, request
+from tests.core.model import (
+    AT_ONCE,
+    BESIDE,
+    GPUS,
+    MAX_PREPARE,
+    MUTE,
+    NAMES,
+    REPORTING,
+    SIZES,
+    TOTALS,
+    WORN_MIB,
+    Called,
+    Held,
+    Wanted,
+    blocked,
+    conflicts,
+    excludes,
+    share_gpu,
+)
+from tests.worlds import HEADROOM_MIB, Caller, HadIt, Service, World, catalog, consumer, request
 
-TOTALS = (24000, 12000)
-MAX_PREPARE = 120.0
-
-SIZES: dict[str, dict[int, int]] = {
-    "paint": {0: 14000},  # big, alone
-    "chat": {0: 9000},  # chat and talk fit side by side, with hear they do not
-    "talk": {0: 10000},
-    "hear": {0: 6000},
-    "span": {0: 4000, 1: 8000},  # two GPUs, and a load call
-    "film": {1: 7000},  # film and clip coexist and do not fit together
-    "clip": {1: 5000},
-}
-BESIDE = {frozenset(pair) for pair in (("chat", "talk"), ("chat", "hear"), ("talk", "hear"), ("film", "clip"))}
-AT_ONCE = {"hear": 2}
-NAMES = sorted(SIZES)
 KEEP_UP = st.sampled_from([True, True, False])
-WORN_MIB = 768 + 64
-"""Held beyond this, a consumer is certainly on the card."""
-
-
-def excludes(a: str, b: str) -> bool:
-    return a != b and bool(SIZES[a].keys() & SIZES[b].keys()) and frozenset((a, b)) not in BESIDE
-
-
-def conflicts(a: str, b: str) -> bool:
-    return a == b or excludes(a, b)
-
-
-def blocked(name: str, ahead: list[str]) -> bool:
-    return ahead.count(name) >= AT_ONCE.get(name, 1) or any(excludes(name, other) for other in ahead)
-
-
-@dataclass(eq=False)
-class Wanted:
-    """One request, as the model sees it. ``eager``: its holder loads at once, not some time later."""
-
-    seq: int
-    name: str
-    ttl: float
-    key: RequestKey | None
-    eager: bool
-    callers: list[Caller] = field(default_factory=list)
-    turn_at: float | None = None
-    over: bool = False
-    """Answered, or abandoned by its last caller."""
-
-    @property
-    def deadline(self) -> float:
-        return max(caller.deadline for caller in self.callers)
-
-
-@dataclass(eq=False)
-class Held:
-    """One lease, as the model sees it. ``noticed``: the broker had occasion to see that it is over."""
-
-    token: str
-    name: str
-    ttl: float
-    expires_at: float
-    key: RequestKey | None
-    ended: str | None = None
-    noticed: bool = False
-
-    def alive(self, now: float) -> bool:
-        return self.ended is None and now < self.expires_at
+PICK = st.integers(0, 99)
 
 
 class BrokerMachine(RuleBasedStateMachine):
@@ -116,15 +81,39 @@ class BrokerMachine(RuleBasedStateMachine):
             )
             for name, sizes in SIZES.items()
         ]
-        self.world = World(catalog(*consumers), TOTALS, loads=["span"])
+        kinds = {name: name for name in NAMES}
+        self.world = World(catalog(*consumers, **kinds), TOTALS, loads=["span"])
         self.wanted: dict[int, Wanted] = {}
         self.held: list[Held] = []
-        self.fences: list[int] = []
-        self.unloaded_in_use: list[str] = []
+        self.called: list[Called] = []
+        self.tails: set[str] = set()
+        """Who computes since before the end of the last hold: gpumgr has to know of it."""
+        self.unasked: set[str] = set()
+        """Who loaded for somebody and was not asked to unload since."""
+        self.on_its_word: set[str] = set()
+        """Whose unload nothing but its own word has proved. DEFECT 3: also on its GPUs that can be read."""
+        self.unseen: set[int] = set()
+        """The GPUs that cannot be read."""
+        self.overdrawn: set[int] = set()
+        """GPUs where a call went ahead over budget: others than leases may find that their memory is not there."""
+        self.lent_blindly: set[int] = set()
+        """GPUs where that is so for leases as well: lent on declared sizes alone."""
+        self.coming: tuple[str, str, int] | None = None
+        """When, what, and of whom: what happens in the middle of something else."""
+        self.stepping: list[Wanted] = []
+        self.writing: list[Wanted] = []
+        self.out_of_memory: set[int] = set()
+        self.wrong: list[str] = []
+        """Found where an assertion would be lost: on other threads, and inside a preparation."""
         self.watchdog_runs = False
         self.world.each_instant = self.each_instant
         for service in self.world.services.values():
             service.before_unload = self.note_unload
+            service.computing = None if service.consumer.name in MUTE else False
+            service.busy = self.asker(service.busy)  # type: ignore[method-assign]
+            service.load = self.loader(service)  # type: ignore[method-assign]
+        self.read_card, self.world.probe.read = self.world.probe.read, self.read  # type: ignore[method-assign]
+        self.written, self.world.journal.granted = self.world.journal.granted, self.write_down  # type: ignore[method-assign]
 
     # -- the model's own numbers ----------------------------------------------------------------------------
 
@@ -139,9 +128,33 @@ class BrokerMachine(RuleBasedStateMachine):
     def preparing(self) -> list[Wanted]:
         return [self.wanted[seq] for seq in self.world.begun()]
 
-    def holders(self) -> list[Held]:
+    def leases(self) -> list[Held]:
         """Whose lease excludes others: alive, or over and not noticed yet."""
         return [held for held in self.held if not held.noticed]
+
+    def calls(self) -> list[Called]:
+        return [called for called in self.called if not called.ended]
+
+    def holding(self) -> list[str]:
+        """The consumers of all holds, each as often as it is held."""
+        held = [held.name for held in self.leases()] + [c.name for c in self.calls() if c.under is None]
+        return held + [w.name for w in self.preparing()]
+
+    def users(self) -> set[str]:
+        """Who may load what it has not taken yet: holders, calls, and what goes on after them."""
+        return {held.name for held in self.leases()} | {called.name for called in self.calls()} | self.tails
+
+    def leased_beside(self, name: str) -> bool:
+        """Whether a live lease shares a GPU with it. DEFECT 4: one that is being written down does not count."""
+        return any(share_gpu(name, held.name) for held in self.leases())
+
+    def says_busy(self, name: str) -> bool:
+        said = self.world.services[name].computing
+        return said is True or isinstance(said, BackendError)
+
+    def seen(self, name: str) -> bool:
+        """Whether each of its GPUs can be read."""
+        return self.unseen.isdisjoint(SIZES[name])
 
     def on_card(self, name: str, gpu: int) -> int:
         return self.world.services[name].used_mib(gpu)
@@ -149,9 +162,16 @@ class BrokerMachine(RuleBasedStateMachine):
     def missing(self, name: str, gpu: int) -> int:
         return max(0, SIZES[name].get(gpu, 0) - self.on_card(name, gpu))
 
+    def owed(self, names: set[str], gpu: int) -> int:
+        return sum(self.missing(name, gpu) for name in names)
+
     def promised(self, gpu: int, *, beside: str | None = None) -> int:
-        users = {held.name for held in self.holders()} | {w.name for w in self.preparing()}
-        return sum(self.missing(name, gpu) for name in users if name != beside)
+        return self.owed((self.users() | {w.name for w in self.preparing()}) - {beside}, gpu)
+
+    def promised_at_most(self, gpu: int, *, beside: str) -> int:
+        """Whether direct use is promised something depends on whether gpumgr has heard of it."""
+        users = self.users() | {w.name for w in self.preparing()} | {name for name in NAMES if self.says_busy(name)}
+        return self.owed(users - {beside}, gpu)
 
     def lendable(self, gpu: int) -> int:
         return self.world.card.free_mib(gpu) - HEADROOM_MIB
@@ -172,17 +192,27 @@ class BrokerMachine(RuleBasedStateMachine):
         self.ask(name, ttl, wait, None if request_id is None else request(request_id), eager)
         self.let_threads_run(keep_up)
 
+    @rule(name=st.sampled_from(NAMES), wait=st.sampled_from([120, 5, 0]), eager=st.booleans(), keep_up=KEEP_UP)
+    def call(self, name: str, wait: float, eager: bool, keep_up: bool) -> None:
+        self.ask_call(name, wait, eager)
+        self.let_threads_run(keep_up)
+
     @rule(
-        names=st.lists(st.sampled_from(NAMES), min_size=2, max_size=6), wait=st.sampled_from([120, 5]), keep_up=KEEP_UP
+        wants=st.lists(st.tuples(st.sampled_from(NAMES), st.booleans()), min_size=2, max_size=6),
+        wait=st.sampled_from([120, 5]),
+        keep_up=KEEP_UP,
     )
-    def crowd(self, names: list[str], wait: float, keep_up: bool) -> None:
-        """Several at the same instant; each second one loads at once."""
-        for number, name in enumerate(names):
-            self.ask(name, 60, wait, None, bool(number % 2))
+    def crowd(self, wants: list[tuple[str, bool]], wait: float, keep_up: bool) -> None:
+        """Several at the same instant, for leases and calls; each second one loads at once."""
+        for number, (name, proxied) in enumerate(wants):
+            if proxied:
+                self.ask_call(name, wait, bool(number % 2))
+            else:
+                self.ask(name, 60, wait, None, bool(number % 2))
         self.let_threads_run(keep_up)
 
     @precondition(lambda self: any(w.key for w in self.wanted.values()))
-    @rule(pick=st.integers(0, 99), wait=st.sampled_from([120, 5, 0]))
+    @rule(pick=PICK, wait=st.sampled_from([120, 5, 0]))
     def ask_again(self, pick: int, wait: float) -> None:
         """The same call once more, as after a lost answer."""
         known = [(w.key, w.name) for w in self.wanted.values() if w.key is not None]
@@ -197,16 +227,27 @@ class BrokerMachine(RuleBasedStateMachine):
         if not isinstance(answer, Caller):
             assert answer == (expected.token if isinstance(expected, Held) else expected), "not what the id leads to"
             return
-        caller = answer
         assert expected is None or isinstance(expected, Wanted), f"{expected}, and yet it waits"
-        seq = caller.ticket.seq
         if isinstance(expected, Wanted):
-            assert seq == expected.seq, "one request, two places in the line"
+            assert answer.ticket.seq == expected.seq, "one request, two places in the line"
         else:
-            assert seq not in self.wanted, "a new request joined another one"
             clamped = 120.0 if ttl is None else min(max(ttl, 10.0), 600.0)
-            self.wanted[seq] = Wanted(seq, name, clamped, key, eager)
-        self.wanted[seq].callers.append(caller)
+            self.enter(Wanted(answer.ticket.seq, name, clamped, key, eager))
+        self.join(answer, wait)
+
+    def ask_call(self, name: str, wait: float, eager: bool) -> None:
+        self.notice_expiry()
+        caller = self.world.call(name, wait_seconds=wait)
+        self.follow()
+        self.enter(Wanted(caller.ticket.seq, name, 0.0, None, eager, proxied=True))
+        self.join(caller, wait)
+
+    def enter(self, wanted: Wanted) -> None:
+        assert wanted.seq not in self.wanted, "a new request joined another one"
+        self.wanted[wanted.seq] = wanted
+
+    def join(self, caller: Caller, wait: float) -> None:
+        self.wanted[caller.ticket.seq].callers.append(caller)
         assert caller.deadline == self.now + wait
         self.follow()
 
@@ -238,7 +279,7 @@ class BrokerMachine(RuleBasedStateMachine):
     # -- holders --------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.held)
-    @rule(pick=st.integers(0, 99), ttl=st.sampled_from([None, None, 10, 9999]))
+    @rule(pick=PICK, ttl=st.sampled_from([None, None, 10, 9999]))
     def renew(self, pick: int, ttl: float | None) -> None:
         held = self.held[-1 - pick % len(self.held)]
         try:
@@ -252,48 +293,181 @@ class BrokerMachine(RuleBasedStateMachine):
         assert abs(lease.expires_at - held.expires_at) < 1e-9
 
     @precondition(lambda self: self.held)
-    @rule(pick=st.integers(0, 99), keep_up=KEEP_UP)
-    def release(self, pick: int, keep_up: bool) -> None:
+    @rule(pick=PICK, goes_on=st.booleans(), outlived=st.booleans(), keep_up=KEEP_UP)
+    def release(self, pick: int, goes_on: bool, outlived: bool, keep_up: bool) -> None:
+        """``outlived``: by a call under it."""
         held = self.held[-1 - pick % len(self.held)]
-        alive = held.alive(self.now)
-        if alive:
-            held.ended, held.noticed = "released", True
-        assert self.world.broker.release(held.token) is alive
-        self.follow()
+        if outlived:
+            self.pass_under(held, held.name)
+        self.end_lease(held, goes_on)
         self.let_threads_run(keep_up)
 
+    def end_lease(self, held: Held, goes_on: bool) -> None:
+        """``goes_on``: what its holder began is not done."""
+        alive = held.alive(self.now)
+        if alive:
+            self.compute(held.name, goes_on)
+            held.ended, held.noticed = "released", True
+            self.note_end(held.name)
+        assert self.world.broker.release(held.token) is alive
+        self.follow()
+
+    @precondition(lambda self: self.held)
+    @rule(pick=PICK, kind=st.sampled_from([None, None, None, None, "span", "hear"]))
+    def call_under_lease(self, pick: int, kind: str | None) -> None:
+        """Also under one that is over, or with a kind that is another consumer's."""
+        held = self.held[-1 - pick % len(self.held)]
+        self.pass_under(held, kind or held.name)
+
+    def pass_under(self, held: Held, kind: str) -> None:
+        alive, right = held.alive(self.now), kind == held.name
+        try:
+            call = self.world.broker.call_under_lease(held.token, kind)
+        except LeaseUnknown:
+            assert not alive, "a live lease opened nothing"
+        except LeaseMismatch:
+            assert alive, "a dead lease was compared"
+            assert not right, "a lease did not open its own consumer"
+        else:
+            assert alive, "a dead lease let a call pass"
+            assert right, "a lease opened another consumer"
+            self.called.append(Called(call, held.name, under=held))
+
+    @precondition(lambda self: self.called)
+    @rule(pick=PICK, goes_on=st.booleans(), keep_up=KEEP_UP)
+    def end_call(self, pick: int, goes_on: bool, keep_up: bool) -> None:
+        """Also a second time."""
+        self.end_called(self.called[-1 - pick % len(self.called)], goes_on)
+        self.let_threads_run(keep_up)
+
+    def end_called(self, called: Called, goes_on: bool) -> None:
+        if not called.ended:
+            self.compute(called.name, goes_on)
+            called.ended = True
+            self.note_end(called.name)
+        self.world.broker.end_call(called.call)
+        self.follow()
+
+    def note_end(self, name: str) -> None:
+        """Somebody's use of it has ended: what it computes now is a tail."""
+        if self.says_busy(name):
+            self.tails.add(name)
+
     @precondition(lambda self: self.loadable())
-    @rule(pick=st.integers(0, 99), share=st.sampled_from([1.0, 0.3]))
+    @rule(pick=PICK, share=st.sampled_from([1.0, 0.3]))
     def take_memory(self, pick: int, share: float) -> None:
         names = self.loadable()
         self.load(names[pick % len(names)], share)
 
     def loadable(self) -> list[str]:
-        names = {held.name for held in self.held if held.alive(self.now)}
+        leased = {held.name for held in self.held if held.alive(self.now)}
+        names = leased | {called.name for called in self.calls()} | self.tails
         return sorted(name for name in names if any(self.missing(name, gpu) for gpu in SIZES[name]))
 
     def load(self, name: str, share: float = 1.0) -> None:
-        """A holder loads, up to its declared size: what it was promised is there."""
+        """A holder, a call or a tail loads, up to its declared size: what it was promised is there."""
         service = self.world.services[name]
         for gpu, size in SIZES[name].items():
-            mib = max(service.used_mib(gpu), int(size * share))
-            self.world.card.set_used(service.pid, mib, gpu)  # raises where it does not fit
+            used, free = service.used_mib(gpu), self.world.card.free_mib(gpu)
+            more = max(0, int(size * share) - used)
+            if gpu in self.overdrawn:
+                more = min(more, max(0, free - self.owed(self.leased() - {name}, gpu)))
+            assert more <= free, f"{name} was promised what is not there"
+            self.world.card.set_used(service.pid, used + more, gpu)
+        self.unasked.add(name)
+
+    def leased(self) -> set[str]:
+        """Also those whose lease is being written down."""
+        return {held.name for held in self.leases()} | {wanted.name for wanted in self.writing}
+
+    def loader(self, service: Service) -> Callable[[], None]:
+        """Its load call, made by a preparation. What is not there, or promised to a lease, it cannot take: that is a
+        defect, unless it is for a call that may go ahead over budget, or lent on declared sizes."""
+        name = service.consumer.name
+
+        def load() -> None:
+            wanted = self.stepping[-1]
+            left = [self.world.card.free_mib(gpu) - self.owed(self.leased() - {name}, gpu) for gpu in SIZES[name]]
+            if all(self.missing(name, gpu) <= mib for gpu, mib in zip(SIZES[name], left, strict=True)):
+                service.take()
+                self.unasked.add(name)
+                if wanted.proxied or not self.seen(name):
+                    self.overdrawn |= SIZES[name].keys()
+                return
+            if self.seen(name) and (not wanted.proxied or self.leased_beside(name)):
+                self.wrong.append(f"{name} was to load what is not there")
+            self.out_of_memory.add(wanted.seq)
+            raise BackendError("failed", "CUDA out of memory")
+
+        return load
 
     # -- the world ------------------------------------------------------------------------------------------
 
-    @rule(gpu=st.sampled_from([0, 1]), share=st.sampled_from([0.0, 0.0, 0.3, 0.7, 1.0]))
+    @rule(gpu=st.sampled_from(GPUS), share=st.sampled_from([0.0, 0.0, 0.3, 0.7, 1.0]))
     def play(self, gpu: int, share: float) -> None:
         """A game takes what is free or gives back; what was promised to holders it does not take."""
         game = self.world.games[gpu]
         mine = self.world.card.used_mib(game.pid)
-        users = {held.name for held in self.holders()}
-        promised = sum(self.missing(name, gpu) for name in users)
-        game.set_used(int(max(0, mine + self.world.card.free_mib(gpu) - promised) * share))
+        game.set_used(int(max(0, mine + self.unpromised(gpu)) * share) if share else 0)
+
+    def unpromised(self, gpu: int) -> int:
+        return self.world.card.free_mib(gpu) - self.owed(self.users(), gpu)
 
     @rule(name=st.sampled_from(NAMES), lies=st.booleans())
     def lie(self, name: str, lies: bool) -> None:
         """From now on it answers 200 to its unload and keeps its memory, or no longer does."""
         self.world.services[name].lies = lies
+
+    @rule(
+        name=st.sampled_from(REPORTING),
+        share=st.sampled_from([1.0, 0.3, 0.0]),
+        hangs=st.sampled_from([False] * 3 + [True]),
+    )
+    def work(self, name: str, share: float, hangs: bool) -> None:
+        """Its holder has it compute; or somebody does who asked nobody, with the memory that nobody was promised.
+        ``hangs``: its report, while it does."""
+        self.compute(name, BackendError("hung", "no answer in time") if hangs else True)
+        if name not in self.users():
+            service = self.world.services[name]
+            for gpu, size in SIZES[name].items():
+                more = min(int(size * share) - service.used_mib(gpu), self.unpromised(gpu))
+                self.world.card.set_used(service.pid, service.used_mib(gpu) + max(0, more), gpu)
+
+    @precondition(lambda self: any(self.says_busy(name) for name in REPORTING))
+    @rule(pick=PICK, keep_up=KEEP_UP)
+    def rest(self, pick: int, keep_up: bool) -> None:
+        """Somebody's computing ends."""
+        busy = [name for name in REPORTING if self.says_busy(name)]
+        self.compute(busy[pick % len(busy)], False)
+        self.let_threads_run(keep_up)
+
+    def compute(self, name: str, said: bool | BackendError) -> None:
+        if name not in MUTE:
+            self.world.services[name].computing = said
+        if not self.says_busy(name):
+            self.tails.discard(name)
+
+    @rule(sight=st.sampled_from([None, "driver", *GPUS]), keep_up=KEEP_UP)
+    def lose_sight(self, sight: str | int | None, keep_up: bool) -> None:
+        """The driver, or one GPU of it, cannot be read from now on; or everything can."""
+        self.world.card.unreadable = "the driver is gone" if sight == "driver" else None
+        for gpu in GPUS:
+            self.world.card.set_gpu_error("it has fallen off the bus" if sight == gpu else None, gpu)
+        self.unseen = {gpu for gpu in GPUS if sight in ("driver", gpu)}
+        self.let_threads_run(keep_up)
+
+    @rule()
+    def observe_card(self) -> None:
+        self.world.broker.observe_card()
+
+    @rule(name=st.sampled_from(REPORTING), used=st.booleans())
+    def observe_server(self, name: str, used: bool) -> None:
+        """As the observer asks one of them. ``used``: after its answer, and before that is noted, a holder comes and
+        goes, and leaves a tail."""
+        state = self.world.broker.state
+        if state.may_ask_busy(name):
+            self.coming = ("asked", "use", NAMES.index(name)) if used else self.coming
+            preparation.ask_busy(state, name, self.world.services[name])
 
     @rule(dt=st.sampled_from([0.5, 5.0, 10.0, 10.999, 60.0, 120.0]), watchdog_ran=st.booleans(), keep_up=KEEP_UP)
     def tick(self, dt: float, watchdog_ran: bool, keep_up: bool) -> None:
@@ -312,15 +486,74 @@ class BrokerMachine(RuleBasedStateMachine):
         self.follow()
 
     @precondition(lambda self: any(held.alive(self.now) for held in self.held))
-    @rule(pick=st.integers(0, 99), early=st.sampled_from([0.0, 0.001]), watchdog_ran=st.booleans(), keep_up=KEEP_UP)
+    @rule(pick=PICK, early=st.sampled_from([0.0, 0.001]), watchdog_ran=st.booleans(), keep_up=KEEP_UP)
     def reach_an_expiry(self, pick: int, early: float, watchdog_ran: bool, keep_up: bool) -> None:
         alive = [held for held in self.held if held.alive(self.now)]
         left = alive[pick % len(alive)].expires_at - self.now
         self.pass_time(max(0.0, left - early), watchdog_ran)
         self.let_threads_run(keep_up)
 
+    # -- in the middle of something -------------------------------------------------------------------------
+
+    @rule(
+        when=st.sampled_from(["read", "asked", "written"]),
+        what=st.sampled_from(["release", "end", "ask", "call"]),
+        pick=PICK,
+    )
+    def plan(self, when: str, what: str, pick: int) -> None:
+        """Happens once, when the card has been read, when somebody has said whether it is busy, and nothing was made of
+        it yet, or while a grant is written down."""
+        self.coming = (when, what, pick)
+
+    def read(self) -> Reading:
+        reading = self.read_card()
+        self.meanwhile("read")
+        return reading
+
+    def asker(self, busy: Callable[[], bool | None]) -> Callable[[], bool | None]:
+        def asked() -> bool | None:
+            said = busy()
+            self.meanwhile("asked")
+            return said
+
+        return asked
+
+    def write_down(self, lease: Lease, event: dict[str, Any]) -> None:
+        self.writing.append(self.wanted[lease.seq])
+        self.meanwhile("written")
+        self.writing.pop()
+        self.written(lease, event)
+
+    def meanwhile(self, when: str) -> None:
+        if self.coming is None or self.coming[0] != when:
+            return
+        (_, what, pick), self.coming = self.coming, None
+        alive = [held for held in self.held if held.alive(self.now)]
+        if what == "release" and alive:
+            held = alive[pick % len(alive)]
+            self.load(held.name)
+            self.end_lease(held, goes_on=False)
+        elif what == "end" and self.calls():
+            self.end_called(self.calls()[pick % len(self.calls())], goes_on=bool(pick % 2))
+        elif what == "ask":
+            self.ask(NAMES[pick % len(NAMES)], 60, 5.0, None, True)
+        elif what == "call":
+            self.ask_call(NAMES[pick % len(NAMES)], 5.0, True)
+        elif what == "use":
+            self.use(NAMES[pick])
+        self.let_threads_run(True)
+
+    def use(self, name: str) -> None:
+        """Somebody holds it for a moment, and what is left is a tail that has loaded nothing yet."""
+        self.ask(name, 60, 5.0, None, False)
+        self.let_threads_run(True)
+        if self.held and self.held[-1].name == name:
+            self.end_lease(self.held[-1], goes_on=True)
+
+    # -- threads --------------------------------------------------------------------------------------------
+
     @precondition(lambda self: self.world.begun())
-    @rule(pick=st.integers(0, 99))
+    @rule(pick=PICK)
     def step(self, pick: int) -> None:
         begun = self.world.begun()
         self.step_one(begun[pick % len(begun)])
@@ -328,99 +561,186 @@ class BrokerMachine(RuleBasedStateMachine):
     def let_threads_run(self, keep_up: bool) -> None:
         """The preparation threads have the time they need, or none at all."""
         for _ in range(12 if keep_up else 0):
-            if all(self.step_one(seq) is Step.WAIT for seq in self.world.begun() if seq in self.world.preparations):
+            if all(self.step_one(seq) is Step.WAIT for seq in self.world.begun() if self.may_step(seq)):
                 return
+
+    def may_step(self, seq: int) -> bool:
+        return seq in self.world.preparations and self.wanted[seq] not in self.stepping
 
     def step_one(self, seq: int) -> Step:
         wanted = self.wanted[seq]
-        shown = [self.lendable(gpu) - self.promised(gpu, beside=wanted.name) for gpu in range(len(TOTALS))]
-        held = {name: dict.fromkeys(sizes, 0) for name, sizes in SIZES.items()}
-        for name, sizes in held.items():
-            for gpu in sizes:
-                sizes[gpu] = self.on_card(name, gpu)
+        shown = [self.lendable(gpu) - self.promised(gpu, beside=wanted.name) for gpu in GPUS]
         unloads = sum(service.asked_to_unload for service in self.world.services.values())
-        before = self.now
+        events = self.world.broker.state.events
+        last, before = events[-1] if events else None, self.now
+        self.stepping.append(wanted)
         outcome = self.world.step(seq)
+        self.stepping.pop()
         if sum(service.asked_to_unload for service in self.world.services.values()) == unloads:
             assert self.now == before, "time passed where nothing was unloaded"
+        warned = self.warned_since(last, wanted.name)
         answers = [c.answer for c in wanted.callers if c.answer is not None and c.answered_at == self.now]
-        if isinstance(wanted.callers[0].ticket.outcome, Lease) and not wanted.over:
-            self.granted(wanted, wanted.callers[0].ticket.outcome, shown)
+        granted = wanted.callers[0].ticket.outcome
+        if isinstance(granted, Lease | Call) and not wanted.over:
+            self.granted(wanted, granted, shown, warned)
         elif outcome is Step.DONE and answers and isinstance(answers[0], GpumgrError):
             self.refused(wanted, answers[0])
+        elif outcome is Step.WAIT:
+            self.waits_for_a_reason(wanted)
         self.follow()
         return outcome
 
+    def warned_since(self, last: dict[str, Any] | None, name: str) -> str | None:
+        """The code of what a call went ahead in spite of."""
+        for event in reversed(self.world.broker.state.events):
+            if event is last:
+                return None
+            if event["type"] == "proxy_over_budget" and event["consumer"] == name:
+                return str(event["code"])
+        return None
+
     # -- what must be true of an answer ---------------------------------------------------------------------
 
-    def granted(self, wanted: Wanted, lease: Lease, shown: list[int]) -> None:
+    def granted(self, wanted: Wanted, granted: Lease | Call, shown: list[int], warned: str | None) -> None:
         wanted.over = True
         name = wanted.name
         assert wanted.turn_at is not None
-        assert lease.consumer == name
+        assert granted.consumer == name
+        assert isinstance(granted, Call) is wanted.proxied, "a lease for a call"
         patient = [c for c in wanted.callers if not isinstance(c.answer, SchedulerTimeout)]
-        assert all(caller.answer is lease for caller in patient), "joined callers with different answers"
-        assert any(caller.answer is lease for caller in wanted.callers), "a grant that nobody waits for"
+        assert all(caller.answer is granted for caller in patient), "joined callers with different answers"
+        assert any(caller.answer is granted for caller in wanted.callers), "a grant that nobody waits for"
         at_once = wanted.turn_at == wanted.callers[0].ticket.entered_at  # wait_seconds: 0 is now or never
         assert wanted.turn_at < wanted.deadline or at_once, "a turn after the deadline"
         assert self.now <= wanted.deadline + MAX_PREPARE, "answered too late"
 
-        alive = [held for held in self.held if held.alive(self.now)]
-        for held in alive:
-            assert not excludes(name, held.name), f"{name} beside {held.name}"
-        assert sum(held.name == name for held in alive) < AT_ONCE.get(name, 1), f"too many for {name}"
+        holding = [held.name for held in self.held if held.alive(self.now)]
+        holding += [called.name for called in self.calls() if called.under is None]
+        for other in holding:
+            assert not excludes(name, other), f"{name} beside {other}"
+        assert holding.count(name) < AT_ONCE.get(name, 1), f"too many for {name}"
         for ahead in self.waiting():
             if ahead.seq < wanted.seq:
                 assert not conflicts(name, ahead.name), f"{name} overtook {ahead.name}"
 
-        for other in NAMES:
-            for gpu in SIZES[other].keys() & SIZES[name].keys():
-                if excludes(name, other):
-                    assert self.on_card(other, gpu) <= WORN_MIB, f"{other} was still on the card"
-        for gpu in SIZES[name]:
-            assert self.missing(name, gpu) <= shown[gpu], "it does not fit"
+        fits = all(self.missing(name, gpu) <= shown[gpu] for gpu in SIZES[name])
+        if isinstance(granted, Lease):
+            self.leased_out(wanted, granted, fits)
+        else:
+            self.let_go_ahead(wanted, granted, fits, warned)
+        if wanted.eager:
+            self.load(name)
 
-        assert not self.fences or lease.fence > self.fences[-1], "the fence did not grow"
-        self.fences.append(lease.fence)
+    def leased_out(self, wanted: Wanted, lease: Lease, fits: bool) -> None:
+        name = wanted.name
+        if self.seen(name):
+            self.nobody_stayed_that_may_not(name)
+            assert fits, "it does not fit"
+        else:
+            assert self.world.broker.state.believes, "granted without a look at the card"
+            self.nobody_stayed_unasked(name)
+            if not fits:
+                self.overdrawn |= SIZES[name].keys()
+                self.lent_blindly |= SIZES[name].keys()
+
+        for held in self.held:
+            assert lease.fence != held.fence, "one fence for two"
+            assert lease.fence > held.fence or not blocked(name, [held.name]), "the fence did not grow"
         assert wanted.key is None or all(held.key != wanted.key for held in self.held), "a second lease for one request"
         assert lease.token not in [held.token for held in self.held]
         assert lease.ttl_seconds == wanted.ttl
         assert abs(lease.granted_at - self.now) < 1e-9
         assert abs(lease.expires_at - (self.now + wanted.ttl)) < 1e-9
-        self.held.append(Held(lease.token, name, wanted.ttl, self.now + wanted.ttl, wanted.key))
-        if wanted.eager:
-            self.load(name)
+        self.held.append(Held(lease.token, name, wanted.ttl, self.now + wanted.ttl, wanted.key, lease.fence))
+
+    def let_go_ahead(self, wanted: Wanted, call: Call, fits: bool, warned: str | None) -> None:
+        """What a lease would have been refused for it is only warned of, beside no lease."""
+        name = wanted.name
+        assert warned is None or not self.leased_beside(name), f"over budget beside a lease: {warned}"
+        if not self.seen(name):
+            self.nobody_stayed_unasked(name)
+        elif warned is None:
+            self.nobody_stayed_that_may_not(name)
+            assert fits, "it does not fit, and nobody was told"
+        elif warned == "insufficient_vram":
+            assert self.short_without_others(name), "warned, and it would fit with every other consumer gone"
+        if not fits:
+            self.overdrawn |= SIZES[name].keys()
+        self.called.append(Called(call, name))
+
+    def nobody_stayed_that_may_not(self, name: str) -> None:
+        for other in NAMES:
+            for gpu in SIZES[other].keys() & SIZES[name].keys():
+                if excludes(name, other) and other not in self.on_its_word:
+                    assert self.on_card(other, gpu) <= WORN_MIB, f"{other} was still on the card"
+
+    def nobody_stayed_unasked(self, name: str) -> None:
+        """All that can be done where the card cannot be read."""
+        for other in self.unasked:
+            assert not excludes(name, other), f"{other} was not even asked to unload"
 
     def refused(self, wanted: Wanted, error: GpumgrError) -> None:
-        assert isinstance(error, InsufficientVram | EvictionFailed | SchedulerTimeout | PrepareTimeout), error
         name = wanted.name
+        if isinstance(error, ConsumerUnhealthy):
+            assert wanted.seq in self.out_of_memory, error
+            return
+        if isinstance(error, GpuUnreadable):
+            assert not self.seen(name), "refused for a card that can be read"
+            assert not wanted.proxied, "a call was refused for a card that cannot be read"
+            assert not self.world.broker.state.believes
+            return
+        if isinstance(error, SchedulerTimeout | PrepareTimeout):
+            return
+        assert isinstance(error, InsufficientVram | EvictionFailed), error
+        assert not wanted.proxied, f"a call was refused: {error}"
+        if self.seen(name):
+            self.refused_for_a_reason(name, error)
+
+    def refused_for_a_reason(self, name: str, error: InsufficientVram | EvictionFailed) -> None:
         if isinstance(error, InsufficientVram):
             gpu = error.details["gpu"]
             assert error.details["needed_mib"] == SIZES[name][gpu]
             assert error.details["free_mib"] == self.world.card.free_mib(gpu)
             assert error.details["held_mib"] == self.on_card(name, gpu)
-            users = {held.name for held in self.holders()} - {name}
-            assert error.details["promised_mib"] == sum(self.missing(user, gpu) for user in users)
+            promised = error.details["promised_mib"]
+            assert self.owed(self.users() - {name}, gpu) <= promised <= self.promised_at_most(gpu, beside=name)
             used = self.world.card.used_mib(self.world.games[gpu].pid)
             assert sum(process["used_mib"] for process in error.details["untracked"]) == used
             assert self.short_without_others(name), "it would fit with every other consumer gone"
-        if isinstance(error, EvictionFailed):
+        else:
             victims = {victim["consumer"] for victim in error.details["victims"]}
             assert victims
             excluded = {victim for victim in victims if excludes(name, victim)}
-            short = any(
-                self.missing(name, gpu) > self.lendable(gpu) - self.promised(gpu, beside=name) for gpu in SIZES[name]
-            )
-            assert excluded or short, "it fits beside those that kept their memory"
+            assert excluded or self.short_now(name), "it fits beside those that kept their memory"
             held = [self.on_card(victim, gpu) for victim in victims for gpu in SIZES[victim]]
-            assert max(held) > 0, "the victims hold nothing"
+            blind = any(not self.seen(victim) for victim in victims)  # DEFECT 2: refused for a card it does not use
+            assert blind or max(held) > 0, "the victims hold nothing"
+
+    def short_now(self, name: str) -> bool:
+        return any(
+            self.missing(name, gpu) > self.lendable(gpu) - self.promised_at_most(gpu, beside=name)
+            for gpu in SIZES[name]
+        )
 
     def short_without_others(self, name: str) -> bool:
         for gpu in SIZES[name]:
-            others = [self.on_card(other, gpu) for other in NAMES if other != name and gpu in SIZES[other]]
+            may_go = set(NAMES) - {name} - self.on_its_word
+            others = [self.on_card(other, gpu) for other in may_go if gpu in SIZES[other]]
             if self.missing(name, gpu) > self.lendable(gpu) + sum(mib for mib in others if mib > WORN_MIB):
                 return True
         return False
+
+    def waits_for_a_reason(self, wanted: Wanted) -> None:
+        """Whoever waits with the turn kept says for what, and it is so."""
+        name, reason = wanted.name, wanted.callers[0].ticket.waiting_for
+        if reason is WaitingFor.DRAINING:
+            called = {called.name for called in self.calls()}
+            assert any(excludes(name, other) and (self.says_busy(other) or other in called) for other in NAMES), (
+                f"{name} waits until nobody computes, and nobody does"
+            )
+        elif reason is WaitingFor.VRAM and self.seen(name):
+            leased = wanted.proxied and self.leased_beside(name)
+            assert leased or self.short_now(name), f"{name} waits for memory that is there"
 
     # -- after every step -----------------------------------------------------------------------------------
 
@@ -442,16 +762,29 @@ class BrokerMachine(RuleBasedStateMachine):
         for held in self.held:
             if held.ended is None and not held.alive(self.now):
                 held.ended, held.noticed = "expired", True
+                self.note_end(held.name)
 
     def note_unload(self, name: str) -> None:
         """Called on the unload's own thread, where an assertion would be lost."""
-        leased = any(held.alive(self.now) for held in self.held if held.name == name)
-        others = [seq for seq in self.world.preparations if seq != self.world.stepping]
-        if leased or any(self.wanted[seq].name == name for seq in others):
-            self.unloaded_in_use.append(name)
+        self.unasked.discard(name)
+        if self.seen(name):
+            self.on_its_word.discard(name)
+        else:
+            self.on_its_word.add(name)
+        others = [seq for seq in self.world.preparations if self.wanted[seq] is not self.stepping[-1]]
+        if any(held.alive(self.now) for held in self.held if held.name == name):
+            self.wrong.append(f"{name} was unloaded under a lease")
+        if any(called.name == name for called in self.calls()):
+            self.wrong.append(f"{name} was unloaded in the middle of a call")
+        if any(self.wanted[seq].name == name for seq in others):
+            self.wrong.append(f"{name} was unloaded while it is prepared")
+        own = name == self.stepping[-1].name  # DEFECT 1: the target itself is unloaded though it said that it is busy
+        if self.says_busy(name) and not own:
+            self.wrong.append(f"{name} was unloaded while it computes")
 
-    @initialize()
-    def empty(self) -> None:
+    @initialize(when_unreadable=st.sampled_from(["refuse", "refuse", "declared"]))
+    def empty(self, when_unreadable: str) -> None:
+        self.world.broker.state.believes = when_unreadable == "declared"
         self.follow()
 
     @invariant()
@@ -462,21 +795,38 @@ class BrokerMachine(RuleBasedStateMachine):
         assert all(abs(live[token] - expected[token]) < 1e-9 for token in live)
 
     @invariant()
+    def the_broker_has_the_calls_of_the_model(self) -> None:
+        assert self.world.broker.state.calls.keys() == {called.call.seq for called in self.calls()}
+
+    @invariant()
     def nobody_waits_past_the_deadline(self) -> None:
         for wanted in self.waiting():
             assert self.now < wanted.deadline
+        for wanted in self.preparing():
+            assert wanted.over or self.now < wanted.deadline + MAX_PREPARE
 
     @invariant()
     def nothing_was_asked_of_the_card_that_did_not_fit(self) -> None:
         assert self.world.card.over_commits == 0
 
     @invariant()
-    def no_consumer_in_use_was_unloaded(self) -> None:
-        assert self.unloaded_in_use == []
+    def what_was_promised_is_there(self) -> None:
+        for gpu in GPUS:
+            free = self.world.card.free_mib(gpu)
+            if free >= self.owed(self.users(), gpu):
+                self.overdrawn.discard(gpu)
+                self.lent_blindly.discard(gpu)
+            else:
+                assert gpu in self.overdrawn, f"more was promised on GPU {gpu} than it has"
+                assert gpu in self.lent_blindly or free >= self.owed(self.leased(), gpu), "a lease has less than it was"
+
+    @invariant()
+    def nothing_went_wrong_elsewhere(self) -> None:
+        assert self.wrong == []
 
     @invariant()
     def holders_do_not_conflict(self) -> None:
-        names = [held.name for held in self.holders()] + [w.name for w in self.preparing()]
+        names = self.holding()
         for name in set(names):
             assert names.count(name) <= AT_ONCE.get(name, 1)
             assert not any(excludes(name, other) for other in names)
@@ -484,10 +834,14 @@ class BrokerMachine(RuleBasedStateMachine):
         assert len(prepared) == len(set(prepared)), "two preparations on one GPU"
 
     @invariant()
+    def whoever_has_the_turn_keeps_it(self) -> None:
+        assert self.world.preparations.keys() <= self.world.broker.state.queue.holds.keys()
+
+    @invariant()
     def nobody_who_may_go_is_left_waiting(self) -> None:
         state = self.world.broker.state
         assert state.queue.begin() == [], "a wake-up was lost"
-        ahead = [held.name for held in self.holders()] + [w.name for w in self.preparing()]
+        ahead = self.holding()
         taken = {gpu for w in self.preparing() for gpu in SIZES[w.name]}
         for wanted in self.waiting():
             if not blocked(wanted.name, ahead):
@@ -497,14 +851,39 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_left_behind(self) -> None:
-        """Whoever was answered is in no book any more, but as the holder of a lease."""
+        """Whoever was answered is in no book any more, but as the holder of a lease, or as a call."""
         state = self.world.broker.state
         pending = {w.seq for w in self.wanted.values() if not w.over}
         assert set(state.tickets) == pending
-        assert set(state.queue.holds) - pending - self.world.preparations.keys() == {
-            lease.seq for lease in state.leases
-        }
+        holders = {lease.seq for lease in state.leases} | {c.call.seq for c in self.calls() if c.under is None}
+        assert set(state.queue.holds) - pending - self.world.preparations.keys() == holders
         assert not any(state.queue.is_unloading(name) for name in NAMES)
+
+    @precondition(lambda self: self.world.broker.state.queue.holds)
+    @rule()
+    def everybody_leaves(self) -> None:
+        """Nobody computes, plays or lies any more, and each holder ends at once: whoever waits is served, one after the
+        other, long before the deadlines of those who have time, and nothing is left."""
+        self.lose_sight(None, False)
+        for name, service in self.world.services.items():
+            service.lies = False
+            self.compute(name, False)
+        for game in self.world.games:
+            game.set_used(0)
+        for _ in range(4 + 2 * len(self.world.broker.state.tickets)):
+            for held in self.leases():
+                self.end_lease(held, goes_on=False)
+            self.world.broker.tick()
+            self.notice_expiry()
+            self.follow()
+            for called in self.calls():
+                self.end_called(called, goes_on=False)
+            self.let_threads_run(True)
+            self.pass_time(0.5, False)
+        state = self.world.broker.state
+        assert not state.queue.holds, "somebody holds whom nobody knows"
+        assert not state.tickets, "somebody waits for nobody"
+        assert not any((state.calls, state.inside, state.begun, state.by_request, self.world.preparations))
 
     def teardown(self) -> None:
         self.world.broker.stop()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -16,13 +16,16 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from gpumgr.config import LeaseSettings
 from gpumgr.core import placement, queue
+from gpumgr.core.card import Reading
 from gpumgr.core.catalog import Catalog, Consumer
-from gpumgr.core.lease import Lease, LeaseBook, RequestKey
-from gpumgr.core.placement import Decision, Grant, View
-from gpumgr.core.queue import Entry, Fifo, Hold, Queue
+from gpumgr.core.lease import Call, EndReason, Lease, LeaseBook, RequestKey
+from gpumgr.core.placement import Decision, Grant, Holding, Report, View
+from gpumgr.core.queue import Entry, Fifo, Hold, Queue, WaitingFor
 from gpumgr.errors import GpumgrError
-from gpumgr.runtime import preparation
+from gpumgr.runtime import preparation, state
 from gpumgr.runtime.broker import Broker
+from gpumgr.runtime.ports import Dialect
+from gpumgr.runtime.preparation import Preparation
 from gpumgr.runtime.refusals import scheduler_timeout
 from gpumgr.runtime.state import State
 from gpumgr.runtime.ticket import Ask, Ticket
@@ -230,6 +233,219 @@ def always_insufficient(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def refuses_instead_of_waiting(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(placement, "would_fit_later", lambda _target, _view: False)
+
+
+# -- calls --------------------------------------------------------------------------------------------------
+
+
+@mutant
+def a_call_goes_ahead_beside_a_lease(patch: pytest.MonkeyPatch) -> None:
+    real = State.view
+    patch.setattr(State, "view", lambda *a: dataclasses.replace(real(*a), leased=False))
+
+
+@mutant
+def a_call_is_refused_like_a_lease(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(preparation, "decide_call", placement.decide)
+
+
+@mutant
+def a_call_goes_over_budget_in_silence(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Preparation, "_warn", lambda _self, _grant, _reading: None)
+
+
+@mutant
+def a_call_waits_for_nobody(patch: pytest.MonkeyPatch) -> None:
+    """It goes past the line."""
+    real = Broker._granted
+
+    def granted(self: Broker, ask: Ask, *, proxied: bool) -> Lease | Call:
+        self._lets_pass = proxied
+        return real(self, ask, proxied=proxied)
+
+    patch.setattr(Broker, "_granted", granted)
+
+
+@mutant
+def calls_overtake_leases(patch: pytest.MonkeyPatch) -> None:
+    calls: set[int] = set()
+    heads, real = queue._heads, State.enter
+
+    def enter(
+        self: State, ask: Ask, consumer: Consumer, now: float, deadline: float, *, proxied: bool = False
+    ) -> Ticket:
+        ticket = real(self, ask, consumer, now, deadline, proxied=proxied)
+        (calls.add if proxied else calls.discard)(ticket.seq)
+        return ticket
+
+    patch.setattr(State, "enter", enter)
+    patch.setattr(queue, "_heads", lambda *a: sorted(heads(*a), key=lambda entry: entry.seq not in calls))
+
+
+@mutant
+def a_call_that_ends_twice_frees_another(patch: pytest.MonkeyPatch) -> None:
+    real = Broker.end_call
+
+    def end_call(self: Broker, call: Call) -> None:
+        with self.state.lock:
+            if call.seq not in self.state.calls:
+                for hold in self.state.queue.holds_of(call.consumer)[:1]:
+                    self.state.queue.leave(hold.seq)
+                    self.state.advance()
+        real(self, call)
+
+    patch.setattr(Broker, "end_call", end_call)
+
+
+@mutant
+def a_call_that_ends_lets_nobody_go(patch: pytest.MonkeyPatch) -> None:
+    def end_call(self: Broker, call: Call) -> None:
+        with self.state.lock:
+            if self.state.calls.pop(call.seq, None) is not None:
+                self.state.queue.leave(call.seq)
+                self.state.note_used(call.consumer)
+
+    patch.setattr(Broker, "end_call", end_call)
+
+
+@mutant
+def a_call_under_a_lease_is_not_in_use(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(State, "in_use", lambda self: frozenset(hold.consumer for hold in self.queue.holds.values()))
+
+
+@mutant
+def a_call_ends_with_its_lease(patch: pytest.MonkeyPatch) -> None:
+    real = Broker._begin_end
+
+    def begin_end(self: Broker, lease: Lease, reason: EndReason) -> None:
+        real(self, lease, reason)
+        calls = self.state.calls
+        self.state.calls = {seq: call for seq, call in calls.items() if call.lease_id != lease.lease_id}
+
+    patch.setattr(Broker, "_begin_end", begin_end)
+
+
+# -- who computes without a holder --------------------------------------------------------------------------
+
+
+@mutant
+def unloads_without_asking(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Preparation, "_asked", lambda _self, _victims: True)
+
+
+@mutant
+def asks_once_for_ever(patch: pytest.MonkeyPatch) -> None:
+    """It said once that it is idle."""
+    real = Preparation._asked
+
+    def asked(self: Preparation, victims: Sequence[str]) -> bool:
+        return real(self, [name for name in victims if self._state.memory[name].busy_asked is None])
+
+    patch.setattr(Preparation, "_asked", asked)
+
+
+@mutant
+def believes_an_answer_from_before_the_last_use(patch: pytest.MonkeyPatch) -> None:
+    real = State.note_busy
+
+    def note_busy(self: State, consumer: str, _uses: int, busy: bool | None, error: str | None) -> None:
+        real(self, consumer, self.memory[consumer].uses, busy, error)
+
+    patch.setattr(State, "note_busy", note_busy)
+
+
+@mutant
+def believes_a_card_read_before_an_end(patch: pytest.MonkeyPatch) -> None:
+    real = State.note_loading
+
+    def note_loading(self: State, consumer: str) -> None:
+        real(self, consumer)
+        self.ends -= 1
+
+    patch.setattr(State, "note_loading", note_loading)
+
+
+@mutant
+def takes_a_hanging_report_for_idle(patch: pytest.MonkeyPatch) -> None:
+    real = preparation.ask_busy
+
+    def ask_busy(state: State, name: str, dialect: Dialect) -> bool | None:
+        busy = real(state, name, dialect)
+        return busy and state.memory[name].busy_error is None
+
+    patch.setattr(preparation, "ask_busy", ask_busy)
+
+
+@mutant
+def forgets_a_tail_at_its_holder_s_end(patch: pytest.MonkeyPatch) -> None:
+    real = State.note_used
+
+    def note_used(self: State, consumer: str) -> None:
+        real(self, consumer)
+        self.memory[consumer].tail = False
+
+    patch.setattr(State, "note_used", note_used)
+
+
+@mutant
+def promises_nothing_to_a_tail(patch: pytest.MonkeyPatch) -> None:
+    real = State.view
+
+    def view(self: State, ticket: Ticket, *a: Any) -> View:
+        seen = real(self, ticket, *a)
+        held = self.in_use() - {ticket.consumer.name}
+        return dataclasses.replace(seen, promised_mib=self.promised(held, seen.holdings))
+
+    patch.setattr(State, "view", view)
+
+
+@mutant
+def a_draining_wait_gives_up_its_turn(patch: pytest.MonkeyPatch) -> None:
+    real = State.wait_inside
+
+    def wait_inside(self: State, ticket: Ticket, reason: WaitingFor) -> None:
+        real(self, ticket, reason)
+        if reason is WaitingFor.DRAINING:
+            self.queue.leave(ticket.seq)
+            self.advance()
+
+    patch.setattr(State, "wait_inside", wait_inside)
+
+
+@mutant
+def once_busy_always_busy(patch: pytest.MonkeyPatch) -> None:
+    real = Preparation._look
+
+    def look(self: Preparation) -> tuple[int, Reading, dict[str, Report]]:
+        before = {name: True for name, busy in self._said.items() if busy}
+        looked = real(self)
+        self._said |= before
+        return looked
+
+    patch.setattr(Preparation, "_look", look)
+
+
+# -- a card that cannot be read -----------------------------------------------------------------------------
+
+
+@mutant
+def grants_on_a_card_that_cannot_be_read(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(State, "_may_believe", lambda _self, _ticket: True)
+
+
+@mutant
+def refuses_calls_on_a_card_that_cannot_be_read(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(State, "_may_believe", lambda self, _ticket: self.believes)
+
+
+@mutant
+def leaves_whom_it_cannot_see(patch: pytest.MonkeyPatch) -> None:
+    real = placement.assess
+
+    def assess(*a: Any, driver_mib: int | None, **facts: Any) -> Holding:
+        return real(*a, driver_mib=driver_mib or 0, **facts)
+
+    patch.setattr(state, "assess", assess)
 
 
 @pytest.mark.parametrize("name", sorted(MUTANTS))
