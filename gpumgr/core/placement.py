@@ -495,14 +495,13 @@ def given_back(
     now: Mapping[GpuRef, int | None],
     risen_mib: Mapping[GpuRef, int],
 ) -> bool:
-    """Whether an unload is proved, on every GPU of the victim.
+    """Whether an unload is proved, on every GPU of the victim that ``now`` tells of.
 
     Where the driver names its processes (``now`` has a number): they hold at most ``residual_mib``. Where not:
     free memory rose by at least 90 % of what the victim was known to hold, or by all of it but ``residual_mib``,
     which a small consumer's context may be more than a tenth of.
     """
-    for gpu in victim.gpus:
-        held = now.get(gpu)
+    for gpu, held in now.items():
         if held is not None and before[gpu].exact:
             if held > victim.residual_mib:
                 return False

@@ -50,6 +50,8 @@ class _Unload:
     and ``judged`` together say whether it may serve again, and are guarded by the evictor."""
 
     consumer: Consumer
+    gpus: Sequence[GpuRef]
+    """Where its memory must be back: those that are needed."""
     dialect: Dialect
     back: Callable[[str], None]
     before: Mapping[GpuRef, Holding]
@@ -79,16 +81,18 @@ class _Unload:
     @property
     def shows(self) -> bool:
         """Whether the card can tell this unload: memory that has to fall."""
-        most = max(self.seen_mib, *(holding.held_mib for holding in self.before.values()))
-        return most > self.consumer.residual_mib
+        return max(self.seen_mib, *(holding.held_mib for holding in self._needed())) > self.consumer.residual_mib
 
     @property
     def exact(self) -> bool:
-        return all(holding.exact for holding in self.before.values())
+        return all(holding.exact for holding in self._needed())
 
     @property
     def held_mib(self) -> int:
-        return sum(holding.held_mib for holding in self.before.values())
+        return sum(holding.held_mib for holding in self._needed())
+
+    def _needed(self) -> list[Holding]:
+        return [self.before[gpu] for gpu in self.gpus]
 
 
 class Evictor:
@@ -110,11 +114,13 @@ class Evictor:
         reading: Reading,
         back: Callable[[str], None] = lambda _: None,
         *,
+        needed: Sequence[GpuRef] | None = None,
         growing: bool = False,
         believe: bool = False,
     ) -> list[Victim]:
         """Unload these and wait for the proof; one Victim for each, in order. ``back`` is told each one's name once,
         when it may serve again: at the latest when this returns, or from a thread of its own when its call ends.
+        ``needed``: only there must the memory be back; None: on every GPU of each victim.
         ``growing``: memory may still be on its way to the card; what looks small is watched until it has come and
         gone, or until the limit. ``believe``: where the card cannot be read, their own word counts.
 
@@ -129,7 +135,7 @@ class Evictor:
         try:
             for number, group in enumerate(groups):
                 before = reading if number == 0 else self._probe.read()
-                unloads = self._began(group, known, before, back, growing=growing, believe=believe)
+                unloads = self._began(group, known, before, back, needed, growing=growing, believe=believe)
                 for verdict in self._together(unloads, waiting):
                     verdicts[verdict.consumer] = verdict
         finally:
@@ -147,6 +153,7 @@ class Evictor:
         known: Mapping[str, Mapping[GpuRef, Holding]],
         reading: Reading,
         back: Callable[[str], None],
+        needed: Sequence[GpuRef] | None,
         *,
         growing: bool,
         believe: bool,
@@ -155,6 +162,7 @@ class Evictor:
         return [
             _Unload(
                 consumer=victim,
+                gpus=[gpu for gpu in victim.gpus if needed is None or gpu in needed] or victim.gpus,
                 dialect=self._dialects[victim.name],
                 back=back,
                 before=known[victim.name],
@@ -232,14 +240,21 @@ class Evictor:
                 self._ask(unload, now)
 
     def _given_back(self, unload: _Unload, reading: Reading, now: float) -> bool:
-        if reading.problems(unload.consumer.gpus):
-            return unload.believe and self._said_gone(unload, now)
-        held = {gpu: _held(unload.consumer, gpu, reading) for gpu in unload.consumer.gpus}
+        """Proved by the card where that can be read; where not, its own word may do."""
+        unseen = [gpu for gpu in unload.gpus if reading.problems([gpu])]
+        if unseen and not (unload.believe and self._said_gone(unload, unseen, now)):
+            return False
+        seen = [gpu for gpu in unload.gpus if gpu not in unseen]
+        return not seen or self._shown_gone(unload, seen, reading, now)
+
+    def _shown_gone(self, unload: _Unload, seen: Sequence[GpuRef], reading: Reading, now: float) -> bool:
+        held = {gpu: _held(unload.consumer, gpu, reading) for gpu in seen}
         free = _free(unload.consumer, reading)
-        risen = {gpu: free[gpu] - unload.free_before.get(gpu, 0) for gpu in unload.consumer.gpus}
-        still = {gpu: _still(unload.before[gpu], held[gpu], risen[gpu]) for gpu in held}
-        if still != unload.still:
-            unload.still, unload.still_since = still, now
+        risen = {gpu: free[gpu] - unload.free_before.get(gpu, 0) for gpu in seen}
+        still = {gpu: _still(unload.before[gpu], held[gpu], risen[gpu]) for gpu in seen}
+        if not still.items() <= unload.still.items():
+            unload.still |= still
+            unload.still_since = now
         unload.seen_mib = max(unload.seen_mib, *still.values())
         if not given_back(unload.consumer, unload.before, held, risen):
             return False
@@ -253,14 +268,13 @@ class Evictor:
         lagging = any(risen[gpu] < 0.9 * gone[gpu] for gpu in held)
         return not lagging or now - unload.proved_at >= SETTLE_SECONDS or now >= unload.limit
 
-    def _said_gone(self, unload: _Unload, now: float) -> bool:
+    def _said_gone(self, unload: _Unload, unseen: Sequence[GpuRef], now: float) -> bool:
         """Without a card to look at: its call was answered, and its report, if any, says that nothing is loaded."""
         refused = unload.error is not None and unload.error.refused
-        if refused or (unload.answered and self._says_nothing_is_loaded(unload, now)):
-            unload.still = dict.fromkeys(unload.consumer.gpus, 0)
+        if unload.proved and (refused or (unload.answered and self._says_nothing_is_loaded(unload, now))):
+            unload.still |= dict.fromkeys(unseen, 0)
             unload.proved = False
-            return True
-        return False
+        return not unload.proved
 
     def _says_nothing_is_loaded(self, unload: _Unload, now: float) -> bool:
         if unload.said_at is not None and now - unload.said_at < SAID_EACH_SECONDS:

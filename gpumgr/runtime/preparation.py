@@ -308,7 +308,13 @@ class Preparation:
             consumers = [state.catalog.consumers[name] for name in victims]
             believe = self._state.believes or self._ticket.proxied
         outcome = self._world.evictor.unload(
-            consumers, holdings, reading, self._back_in_service, growing=growing, believe=believe
+            consumers,
+            holdings,
+            reading,
+            self._back_in_service,
+            needed=self._target.gpus,
+            growing=growing,
+            believe=believe,
         )
         after = self._world.probe.read()
         with state.lock:

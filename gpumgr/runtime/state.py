@@ -260,9 +260,9 @@ class State:
         the same, and what they have not taken yet is promised to them as to a holder: a model that a tail or somebody's
         direct use is loading is not on the card yet."""
         target = ticket.consumer.name
-        working = frozenset(name for name in busy if not self.queue.holds_of(name))
-        others = (self.in_use() | working) - {target}
         beside = [hold for hold in self.queue.holds_of(target) if hold.seq != ticket.seq]
+        working = frozenset(name for name in busy if not (beside if name == target else self.queue.holds_of(name)))
+        others = (self.in_use() | working) - {target}
         holdings = self.holdings(reading, reports)
         if self.believing(ticket, reading):
             reading = self._believed(ticket.consumer, reading, holdings)
@@ -276,11 +276,17 @@ class State:
             busy=working,
             leaving=frozenset(name for name in self.catalog.consumers if self.queue.is_unloading(name)),
             target_in_use=bool(beside),
-            leased=any(overlap(lease.gpus, ticket.consumer.gpus) for lease in self.leases),
+            leased=self._leased(ticket.consumer),
             may_unload=self._may_unload,
             tried=tuple(ticket.tried),
             last_used={name: m.last_used for name, m in self.memory.items() if m.last_used is not None},
         )
+
+    def _leased(self, consumer: Consumer) -> bool:
+        """Whether a lease shares a GPU with it, also one that is being written down."""
+        granting = [t for t in self.tickets.values() if t.granting and not t.proxied]
+        leased = [lease.gpus for lease in self.leases] + [ticket.consumer.gpus for ticket in granting]
+        return any(overlap(gpus, consumer.gpus) for gpus in leased)
 
     def _may_believe(self, ticket: Ticket) -> bool:
         """A proxied call goes on where the card cannot be read; a lease only where the file says so."""

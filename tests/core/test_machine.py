@@ -90,8 +90,8 @@ class BrokerMachine(RuleBasedStateMachine):
         """Who computes since before the end of the last hold: gpumgr has to know of it."""
         self.unasked: set[str] = set()
         """Who loaded for somebody and was not asked to unload since."""
-        self.on_its_word: set[str] = set()
-        """Whose unload nothing but its own word has proved. DEFECT 3: also on its GPUs that can be read."""
+        self.on_its_word: set[tuple[str, int]] = set()
+        """Whose unload nothing but its own word has proved, on which GPU; or nobody needed it there."""
         self.unseen: set[int] = set()
         """The GPUs that cannot be read."""
         self.overdrawn: set[int] = set()
@@ -145,8 +145,9 @@ class BrokerMachine(RuleBasedStateMachine):
         return {held.name for held in self.leases()} | {called.name for called in self.calls()} | self.tails
 
     def leased_beside(self, name: str) -> bool:
-        """Whether a live lease shares a GPU with it. DEFECT 4: one that is being written down does not count."""
-        return any(share_gpu(name, held.name) for held in self.leases())
+        """Whether a lease shares a GPU with it, also one that is being written down."""
+        leased = [held.name for held in self.leases()] + [wanted.name for wanted in self.writing if not wanted.proxied]
+        return any(share_gpu(name, other) for other in leased)
 
     def says_busy(self, name: str) -> bool:
         said = self.world.services[name].computing
@@ -671,7 +672,7 @@ class BrokerMachine(RuleBasedStateMachine):
     def nobody_stayed_that_may_not(self, name: str) -> None:
         for other in NAMES:
             for gpu in SIZES[other].keys() & SIZES[name].keys():
-                if excludes(name, other) and other not in self.on_its_word:
+                if excludes(name, other) and (other, gpu) not in self.on_its_word:
                     assert self.on_card(other, gpu) <= WORN_MIB, f"{other} was still on the card"
 
     def nobody_stayed_unasked(self, name: str) -> None:
@@ -712,9 +713,10 @@ class BrokerMachine(RuleBasedStateMachine):
             assert victims
             excluded = {victim for victim in victims if excludes(name, victim)}
             assert excluded or self.short_now(name), "it fits beside those that kept their memory"
-            held = [self.on_card(victim, gpu) for victim in victims for gpu in SIZES[victim]]
-            blind = any(not self.seen(victim) for victim in victims)  # DEFECT 2: refused for a card it does not use
-            assert blind or max(held) > 0, "the victims hold nothing"
+            held = [
+                self.on_card(victim, gpu) for victim in victims for gpu in SIZES[victim].keys() & SIZES[name].keys()
+            ]
+            assert max(held) > 0, "the victims hold nothing"
 
     def short_now(self, name: str) -> bool:
         return any(
@@ -724,8 +726,8 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def short_without_others(self, name: str) -> bool:
         for gpu in SIZES[name]:
-            may_go = set(NAMES) - {name} - self.on_its_word
-            others = [self.on_card(other, gpu) for other in may_go if gpu in SIZES[other]]
+            may_go = [o for o in NAMES if o != name and gpu in SIZES[o] and (o, gpu) not in self.on_its_word]
+            others = [self.on_card(other, gpu) for other in may_go]
             if self.missing(name, gpu) > self.lendable(gpu) + sum(mib for mib in others if mib > WORN_MIB):
                 return True
         return False
@@ -767,10 +769,12 @@ class BrokerMachine(RuleBasedStateMachine):
     def note_unload(self, name: str) -> None:
         """Called on the unload's own thread, where an assertion would be lost."""
         self.unasked.discard(name)
-        if self.seen(name):
-            self.on_its_word.discard(name)
-        else:
-            self.on_its_word.add(name)
+        needed = SIZES[self.stepping[-1].name].keys()
+        for gpu in SIZES[name]:
+            if gpu in needed and gpu not in self.unseen:
+                self.on_its_word.discard((name, gpu))
+            else:
+                self.on_its_word.add((name, gpu))
         others = [seq for seq in self.world.preparations if self.wanted[seq] is not self.stepping[-1]]
         if any(held.alive(self.now) for held in self.held if held.name == name):
             self.wrong.append(f"{name} was unloaded under a lease")
@@ -778,8 +782,7 @@ class BrokerMachine(RuleBasedStateMachine):
             self.wrong.append(f"{name} was unloaded in the middle of a call")
         if any(self.wanted[seq].name == name for seq in others):
             self.wrong.append(f"{name} was unloaded while it is prepared")
-        own = name == self.stepping[-1].name  # DEFECT 1: the target itself is unloaded though it said that it is busy
-        if self.says_busy(name) and not own:
+        if self.says_busy(name):
             self.wrong.append(f"{name} was unloaded while it computes")
 
     @initialize(when_unreadable=st.sampled_from(["refuse", "refuse", "declared"]))
