@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from bench import free_to_grant, handover, handover_eviction, idle, mixed, proxy, renew, waiters, window
+from bench import free_to_grant, handover, handover_eviction, idle, mixed, probing, proxy, renew, waiters, window
 from bench.figure import Figure, keep, table
 
 FIGURES: dict[str, Callable[[], Figure]] = {
@@ -20,6 +20,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "renew": renew.run,
     "waiters": waiters.run,
     "idle": idle.run,
+    "probing": probing.run,
     "window": window.run,
     "mixed": mixed.run,
     "proxy": proxy.run,

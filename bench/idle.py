@@ -31,7 +31,7 @@ def run(seconds: float = 30.0) -> Figure:
         master = psutil.Process(broker.process.pid)
         both = [master, *master.children()]
         time.sleep(SETTLE_SECONDS)
-        percent = _cpu_percent(both, seconds)
+        percent = cpu_percent(both, seconds)
         megabytes = [process.memory_full_info().pss / 1e6 for process in both]
         threads = sum(process.num_threads() for process in both)
     measured = {"cpu_percent": round(percent, 3), "pss_master": round(megabytes[0], 1), "seconds": seconds}
@@ -56,7 +56,7 @@ def _work(port: int) -> None:
         line.holder.release(line.token)
 
 
-def _cpu_percent(processes: list[psutil.Process], seconds: float) -> float:
+def cpu_percent(processes: list[psutil.Process], seconds: float) -> float:
     before, start = _cpu_seconds(processes), time.monotonic()
     time.sleep(seconds)
     return (_cpu_seconds(processes) - before) / (time.monotonic() - start) * 100

@@ -30,7 +30,9 @@ from gpumgr.adapters.cgroups import (
 )
 
 STRANGER_SECONDS = 2.0
-"""A process that nobody claims is looked at again after this long: it may start to listen later."""
+LONGEST_STRANGER_SECONDS = 10.0
+"""A process that nobody claims may start to listen later. It is looked at again after this long, each time twice as
+long as before, up to the longest: a game is one for hours, and a look costs 10 ms where ports are claimed."""
 
 TABLE_SECONDS = 1.0
 """One table of listening sockets serves all processes looked at within this: the kernel takes 5 to 15 ms for it, as
@@ -62,6 +64,7 @@ class _Remembered:
     started: int
     owner: str | None
     look_again_at: float
+    pause_seconds: float
 
     def holds(self, started: int, now: float) -> bool:
         return self.started == started and (self.owner is not None or now < self.look_again_at)
@@ -121,7 +124,9 @@ class Ownership:
         owner = self._look(pid, name)
         if started_ticks(pid) != started:
             return None  # the pid went to another process meanwhile: what was seen may be of either
-        self._remember(pid, _Remembered(started, owner, self._clock() + STRANGER_SECONDS))
+        again = known is not None and known.started == started
+        pause = min(2 * known.pause_seconds, LONGEST_STRANGER_SECONDS) if known and again else STRANGER_SECONDS
+        self._remember(pid, _Remembered(started, owner, self._clock() + pause, pause))
         return owner
 
     def _look(self, pid: int, name: str) -> str | None:

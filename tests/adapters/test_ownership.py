@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from gpumgr.adapters.cgroups import Containers
-from gpumgr.adapters.ownership import STRANGER_SECONDS, TABLE_SECONDS, Claim, Ownership, last_component, started_ticks
+from gpumgr.adapters.ownership import (
+    LONGEST_STRANGER_SECONDS,
+    STRANGER_SECONDS,
+    TABLE_SECONDS,
+    Claim,
+    Ownership,
+    last_component,
+    started_ticks,
+)
 
 # Children live until their standard input ends. None inherits a socket from here: Python closes them at exec.
 LISTENS = """
@@ -255,6 +263,25 @@ def test_a_stranger_is_looked_at_again_after_a_while(clock: Hands) -> None:
         clock.now += STRANGER_SECONDS * 0.9
         assert ownership.owner(process.pid, "") is None
         clock.now += STRANGER_SECONDS * 0.1
+        assert ownership.owner(process.pid, "") == "whisper"
+
+
+def test_the_longer_it_is_a_stranger_the_rarer_it_is_looked_at_but_never_forgotten(clock: Hands) -> None:
+    with child(LISTENS_WHEN_TOLD) as process:
+        looks: list[int] = []
+        claims = [Claim("whisper", port=process.number(), unit="nobody.service")]
+
+        def cgroups(pid: int) -> list[str]:
+            looks.append(pid)
+            return []
+
+        ownership = Ownership(claims, clock, cgroups=cgroups)
+        for _ in range(60):
+            assert ownership.owner(process.pid, "") is None
+            clock.now += 1
+        assert len(looks) == 8  # after 0, 2, 6, 14, 24, 34, 44 and 54 s
+        process.tell("listen")
+        clock.now += LONGEST_STRANGER_SECONDS
         assert ownership.owner(process.pid, "") == "whisper"
 
 

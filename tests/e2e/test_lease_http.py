@@ -211,6 +211,7 @@ def test_status_has_what_the_api_names(broker: RunningBroker, stage: Stage) -> N
         "version",
         "started_at",
         "now",
+        "mode",
         "when_unreadable",
         "gpus",
         "consumers",
