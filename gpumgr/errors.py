@@ -29,6 +29,7 @@ Must not: know Flask, threads or where an error is raised.
         ├── EvictionFailed
         ├── ConsumerUnhealthy
         ├── GpuUnreadable
+        ├── StoreUnavailable           a grant cannot be written down
         └── ShuttingDown
 
 ``code`` is the wire's name of the class; ``from_wire`` turns an answer back into the same class, so that a
@@ -181,6 +182,11 @@ class ConsumerUnhealthy(Refused):
 
 class GpuUnreadable(Refused):
     code = "gpu_unreadable"
+    retry_after_seconds = 5
+
+
+class StoreUnavailable(Refused):
+    code = "store_unavailable"
     retry_after_seconds = 5
 
 

@@ -11,11 +11,11 @@ from flask import Flask
 
 from gpumgr.adapters.clock import SystemClock
 from gpumgr.adapters.dialects import REGISTERED, dialect_of
-from gpumgr.adapters.journal import NoJournal
 from gpumgr.adapters.nvml import NvmlProbe
 from gpumgr.adapters.ownership import Claim, Ownership
 from gpumgr.adapters.patient import PatientProbe
 from gpumgr.adapters.simulated import SimulatedProbe, read_card_file
+from gpumgr.adapters.store import SqliteStore
 from gpumgr.config import Settings, origin_of
 from gpumgr.runtime.broker import Broker
 from gpumgr.runtime.ports import Probe
@@ -29,7 +29,8 @@ def build(settings: Settings) -> Flask:
 
 def build_broker(settings: Settings) -> Broker:
     dialects = {name: dialect_of(consumer) for name, consumer in settings.consumers.items()}
-    return Broker(settings, build_probe(settings), dialects, SystemClock(), NoJournal())
+    clock = SystemClock()
+    return Broker(settings, build_probe(settings), dialects, clock, SqliteStore(settings.server.state_dir, clock))
 
 
 def build_probe(settings: Settings) -> Probe:

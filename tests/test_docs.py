@@ -46,7 +46,7 @@ def test_every_error_has_its_row(code: str) -> None:
             "gpus",
         ),
         *("vram_resident_mib", "residual_mib", "can_coexist_with", "max_concurrency", "processes", "health", "busy"),
-        *("unit", "container"),
+        *("unit", "container", "on_expiry", "max_hold_seconds", "confirm_seconds", "quarantine_seconds"),
         *("unload", "load", "loaded", "proxy_path"),
     ],
 )

@@ -33,6 +33,7 @@ TABLE = {
     "eviction_failed": (503, True),
     "consumer_unhealthy": (503, True),
     "gpu_unreadable": (503, True),
+    "store_unavailable": (503, True),
     "shutting_down": (503, True),
 }
 """code → status, retryable."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from gpumgr.adapters.clock import SystemClock
 from gpumgr.adapters.simulated import SimulatedProbe
 from gpumgr.config import GpuSettings, LeaseSettings, SchedulingSettings, ServerSettings, Settings
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
-from gpumgr.core.lease import Call, Lease, RequestKey
+from gpumgr.core.lease import Call, EndReason, Lease, RequestKey
 from gpumgr.core.placement import Report
 from gpumgr.errors import GpumgrError
-from gpumgr.runtime.broker import Broker
-from gpumgr.runtime.ports import BackendError, BackendReason, Clock, Dialect
+from gpumgr.runtime.broker import Broker, _hung_up
+from gpumgr.runtime.ports import BackendError, BackendReason, Clock, Dialect, Kept, KeptLease, Total
 from gpumgr.runtime.preparation import Preparation, Step
+from gpumgr.runtime.state import Quarantine
 from gpumgr.runtime.ticket import Ask, Ticket
+from gpumgr.runtime.ticket import Caller as Line
 from gpumgr.sim.card import SimulatedCard, SimulatedGpu
 
 HEADROOM_MIB = 512
@@ -74,13 +76,17 @@ class ManualClock:
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now
+        self.asleep = 0.0
         self._began = now
 
     def monotonic(self) -> float:
         return self.now
 
     def utc(self) -> datetime:
-        return self.START + timedelta(seconds=self.now - self._began)
+        return self.START + timedelta(seconds=self.now + self.asleep - self._began)
+
+    def slept(self) -> float:
+        return self.asleep
 
 
 class Service:
@@ -107,6 +113,7 @@ class Service:
         self.asked_whether_busy = 0
         self.unloads_while_computing = 0
         self.asked_to_unload = 0
+        self.asked_to_interrupt = 0
         self.asked_for_health = 0
         self._card = card
         self._deferred = deferred
@@ -160,41 +167,137 @@ class Service:
             raise self.computing
         return self.computing
 
+    def interrupt(self) -> None:
+        self.asked_to_interrupt += 1
 
-class LedgerJournal:
-    """Writes down in order; ``fails`` is raised by the next writes, while it is set."""
 
-    def __init__(self) -> None:
+class LedgerStore:
+    """A disk: what was written outlives the broker. ``fails`` is raised by every write while it is set. ``boot`` is the
+    machine's."""
+
+    def __init__(self, clock: Clock) -> None:
         self.written: list[tuple[str, Lease]] = []
         self.fails: Exception | None = None
+        self.boot = "boot-1"
+        self.writes = 0
+        self.intents: list[tuple[int, str, tuple[str, ...]]] = []
+        self.quarantined: set[str] = set()
+        self._clock = clock
+        self._fence = 0
+        self._live: dict[str, tuple[KeptLease, str]] = {}
+        self._over: dict[str, tuple[KeptLease, EndReason, float]] = {}
+        self._totals: dict[str, Total] = {}
+        self._owed: list[Callable[[], None]] = []
 
-    def granted(self, lease: Lease, event: dict[str, Any]) -> None:
-        self._write(event["type"], lease)
+    def open(self) -> Kept:
+        self._require()
+        rebooted = [kept for kept, boot in self._live.values() if boot != self.boot]
+        for kept in rebooted:
+            self._end(kept.lease, EndReason.HOST_REBOOT, False)
+        if rebooted:
+            self.quarantined.clear()
+        quarantined = [replace(self._over[lease_id][0], quarantined=True) for lease_id in sorted(self.quarantined)]
+        self.intents.clear()
+        return Kept(
+            fence=self._fence,
+            leases=[kept for kept, _ in self._live.values()] + quarantined,
+            ended=[
+                (kept.lease.request, kept.lease.consumer, reason, at)
+                for kept, reason, at in self._over.values()
+                if kept.lease.request is not None
+            ],
+            rebooted=[kept.lease for kept in rebooted],
+            totals=dict(self._totals),
+        )
 
-    def ended(self, lease: Lease, event: dict[str, Any]) -> None:
-        self._write(event["type"], lease)
+    def note(self, event: dict[str, Any]) -> None:
+        pass
 
-    def _write(self, kind: str, lease: Lease) -> None:
+    def intend(self, seq: int, target: str, victims: Sequence[str]) -> None:
+        self._require()
+        self.intents.append((seq, target, tuple(victims)))
+
+    def granted(self, kept: KeptLease, event: dict[str, Any], totals: Mapping[str, Total]) -> None:
+        self._require()
+        self._fence = max(self._fence, kept.lease.fence)
+        lease = replace(kept.lease, written_ttl_seconds=kept.lease.ttl_seconds)
+        self._live[lease.lease_id] = (replace(kept, lease=lease), self.boot)
+        self._totals |= totals
+        self.intents = [intent for intent in self.intents if intent[0] != lease.seq]
+        self.written.append((event["type"], kept.lease))
+
+    def ended(self, lease: Lease, reason: EndReason, event: dict[str, Any], *, quarantined: bool) -> None:
+        self._owing(lambda: self._end(lease, reason, quarantined))
+        self.written.append((event["type"], lease))
+
+    def _end(self, lease: Lease, reason: EndReason, quarantined: bool) -> None:
+        kept, _ = self._live.pop(lease.lease_id)
+        self._over[lease.lease_id] = (kept, reason, self._clock.monotonic())
+        if quarantined:
+            self.quarantined.add(lease.lease_id)
+
+    def raised(self, lease: Lease) -> None:
+        self._owing(lambda: self._raise(lease))
+
+    def _raise(self, lease: Lease) -> None:
+        kept, boot = self._live[lease.lease_id]
+        written = replace(kept.lease, ttl_seconds=lease.ttl_seconds, written_ttl_seconds=lease.ttl_seconds)
+        self._live[lease.lease_id] = (replace(kept, lease=written), boot)
+
+    def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
+        self._require()
+        self._totals |= totals
+        self.quarantined -= set(idle)
+
+    def try_again(self) -> None:
+        self._require()
+
+    def close(self) -> None:
+        pass
+
+    def _owing(self, write: Callable[[], None]) -> None:
+        self._owed.append(write)
+        self._require()
+
+    def _require(self) -> None:
         if self.fails is not None:
             raise self.fails
-        self.written.append((kind, lease))
+        self.writes += 1
+        while self._owed:
+            self._owed.pop(0)()
 
 
 class _Waits(Exception):
     """``acquire`` came as far as its wait."""
 
-    def __init__(self, ticket: Ticket, deadline: float) -> None:
+    def __init__(self, ticket: Ticket, deadline: float, line: Line) -> None:
         super().__init__("waits")
         self.ticket = ticket
         self.deadline = deadline
+        self.line = line
 
 
 class UnthreadedBroker(Broker):
-    """The real broker, but where a caller's thread would wait, it says so and returns to the test."""
+    """The real broker, but where a caller's thread would wait, it says so and returns to the test; a quarantine is
+    looked at when the test says so."""
 
-    def _await(self, ticket: Ticket, deadline: float) -> Lease | Call:
-        ticket.callers += 1
-        raise _Waits(ticket, deadline)
+    looks: dict[int, Callable[[], bool]]
+
+    def _await(self, waited: Ticket, deadline: float, line: Line) -> Lease | Call:
+        waited.callers.append(line)
+        line.ticket = waited
+        raise _Waits(waited, deadline, line)
+
+    def _begin_quarantine(self, quarantine: Quarantine) -> None:
+        look = self._watchman.looker(quarantine, self._end_quarantine)
+        if look():
+            self.looks[quarantine.seq] = look
+
+    def look_at_quarantines(self) -> None:
+        """Each once, as its thread does each half second."""
+        for seq, look in list(self.looks.items()):
+            if not look():
+                del self.looks[seq]
 
 
 @dataclass(eq=False)
@@ -203,6 +306,7 @@ class Caller:
 
     ticket: Ticket
     deadline: float
+    line: Line
     answer: Lease | Call | GpumgrError | None = None
     answered_at: float | None = None
 
@@ -260,7 +364,7 @@ class Stand:
             self.services[of.name] = Service(of, self.card, port, can_load=of.name in loads, deferred=deferred)
         self.games = [Game(self.card, gpu) for gpu in range(len(totals_mib))]
         self.probe = SimulatedProbe(self.card.state, ports, clock.monotonic)
-        self.journal = LedgerJournal()
+        self.store = LedgerStore(clock)
 
     @property
     def dialects(self) -> Mapping[str, Dialect]:
@@ -306,10 +410,41 @@ class World(Stand):
         self.preparations: dict[int, Preparation] = {}
         self.stepping: int | None = None
         self.each_instant: Callable[[], None] = lambda: None
-        settings = self.settings(headroom_mib, mode, when_unreadable, **lease)
-        self.broker = UnthreadedBroker(settings, self.probe, self.dialects, self.clock, self.journal, self.pause)
+        self._settings = self.settings(headroom_mib, mode, when_unreadable, **lease)
+        self.broker = self._started_broker()
         if read_first:
             self.broker.observe_card()
+
+    def _started_broker(self) -> UnthreadedBroker:
+        broker = UnthreadedBroker(self._settings, self.probe, self.dialects, self.clock, self.store, self.pause)
+        broker.looks = {}
+        broker._restore()
+        for quarantine in list(broker.state.quarantines.values()):
+            broker._begin_quarantine(quarantine)
+        return broker
+
+    def restart(self, *, reboot: bool = False) -> None:
+        """kill -9, and a new life: whoever waited has lost the connection. ``reboot``: of the whole machine."""
+        self.callers.clear()
+        self.preparations.clear()
+        self.store.keep(self.broker.state.take_totals(), self.broker._idle)  # its thread had the moment that it needs
+        if reboot:
+            self.store.boot += "'"
+        believes = self.broker.state.believes
+        self.broker = self._started_broker()
+        self.broker.state.believes = believes
+        self.broker.observe_card()
+
+    def sleep(self, seconds: float) -> None:
+        """The machine is suspended: monotonic time stands still."""
+        self._manual.asleep += seconds
+
+    def hang_up(self, caller: Caller, *, seen: bool = True) -> None:
+        """``seen``: somebody has noticed it already."""
+        caller.line.here = lambda: False
+        if seen:
+            self.broker.hang_up(caller.line)
+            self.wake()
 
     @property
     def now(self) -> float:
@@ -344,7 +479,7 @@ class World(Stand):
         try:
             granted = wanted(ask)
         except _Waits as waits:
-            caller = Caller(waits.ticket, waits.deadline)
+            caller = Caller(waits.ticket, waits.deadline, waits.line)
             self.callers.append(caller)
             self.wake()
             return caller
@@ -361,13 +496,17 @@ class World(Stand):
         ticket = caller.ticket
         if ticket.outcome is not None:
             caller.answer = ticket.outcome
+        elif caller.line.gone and not ticket.granting:
+            if all(other.gone for other in ticket.callers):
+                self.broker.state.withdraw(ticket)
+            caller.answer = _hung_up()
         else:
             limit = ticket.limit(caller.deadline)
             if limit is None or limit > self.now:
                 return
             caller.answer = self.broker._give_up(ticket)
         caller.answered_at = self.now
-        ticket.callers -= 1
+        ticket.callers.remove(caller.line)
 
     def pass_time(self, seconds: float, *, watchdog: bool = False) -> None:
         """Instant by instant: every caller wakes on time, and so does the watchdog where it runs."""
@@ -479,7 +618,7 @@ class StartedWorld(Stand):
             self.probe,
             self.dialects,
             self.clock,
-            self.journal,
+            self.store,
             time.sleep,
         )
 

@@ -134,6 +134,9 @@ def _lease(section: Section) -> LeaseSettings:
         default_wait_seconds=section.take("default_wait_seconds", check.seconds_or_zero, default.default_wait_seconds),
         max_wait_seconds=section.take("max_wait_seconds", check.seconds, default.max_wait_seconds),
         max_prepare_seconds=section.take("max_prepare_seconds", check.seconds, default.max_prepare_seconds),
+        max_hold_seconds=section.take("max_hold_seconds", check.seconds_or_zero, default.max_hold_seconds),
+        confirm_seconds=section.take("confirm_seconds", check.seconds_or_zero, default.confirm_seconds),
+        quarantine_seconds=section.take("quarantine_seconds", check.seconds_or_zero, default.quarantine_seconds),
     )
     section.done()
     if settings.min_ttl_seconds > settings.max_ttl_seconds:
@@ -217,6 +220,7 @@ def _consumer(name: str, consumers: Section) -> tuple[Consumer, ConsumerSettings
         processes=section.take("processes", check.texts, no_texts),
         unit=section.take("unit", check.unit, "") or None,
         container=section.take("container", check.container, "") or None,
+        on_expiry=section.take("on_expiry", check.one_of("interrupt", "wait"), "interrupt"),
     )
     consumer = Consumer(
         name=name,

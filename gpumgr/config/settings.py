@@ -42,6 +42,9 @@ class LeaseSettings:
     default_wait_seconds: float = 120
     max_wait_seconds: float = 600
     max_prepare_seconds: float = 120
+    max_hold_seconds: float = 0
+    confirm_seconds: float = 3
+    quarantine_seconds: float = 30
 
     def clamp_ttl(self, seconds: float) -> float:
         return min(max(seconds, self.min_ttl_seconds), self.max_ttl_seconds)
@@ -96,6 +99,7 @@ class ConsumerSettings:
     processes: tuple[str, ...] = ()
     unit: str | None = None
     container: str | None = None
+    on_expiry: str = "interrupt"
 
 
 @dataclass(frozen=True)

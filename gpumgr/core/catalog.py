@@ -30,6 +30,8 @@ class Consumer:
     can_coexist_with: frozenset[str] = frozenset()
     max_concurrency: int = 1
     unload_timeout_seconds: float = 30.0
+    retired: bool = False
+    """It has left the configuration, and a lease of it has not ended yet: nobody else is granted it."""
 
     def needs_mib(self, gpu: GpuRef) -> int:
         """Declared MiB on this GPU; 0 where it does not use it."""
@@ -56,7 +58,7 @@ class Catalog:
                 hint = f'; {kind} is a consumer: ask for {{"consumer": "{kind}"}}' if kind in self.consumers else ""
                 raise KindUnknown(f"no kind {kind!r} in routing; there are: {_names(self.routing)}{hint}", kind=kind)
             return self.consumers[self.routing[kind]]
-        if consumer is None or consumer not in self.consumers:
+        if consumer is None or consumer not in self.consumers or self.consumers[consumer].retired:
             hint = f'; {consumer} is a kind: ask for {{"kind": "{consumer}"}}' if consumer in self.routing else ""
             raise ConsumerUnknown(
                 f"no consumer {consumer!r} is configured; there are: {_names(self.consumers)}{hint}", consumer=consumer
@@ -76,6 +78,19 @@ class Catalog:
     def exclude(self, a: str, b: str) -> bool:
         """Two different consumers that may not be on the card together: they share a GPU and do not coexist."""
         return self.share_gpu(a, b) and not self.may_coexist(a, b)
+
+    def keeping(self, name: str, gpus: tuple[GpuRef, ...], sizes_mib: tuple[int, ...]) -> Catalog:
+        """With a consumer also on GPUs that a lease of it was granted, whatever the configuration says by now."""
+        known = self.consumers.get(name)
+        if known is None:
+            known = Consumer(name=name, url="", public_url="", dialect="", gpus=(), vram_resident_mib=(), retired=True)
+        more = [(gpu, mib) for gpu, mib in zip(gpus, sizes_mib, strict=True) if gpu not in known.gpus]
+        kept = replace(
+            known,
+            gpus=(*known.gpus, *(gpu for gpu, _ in more)),
+            vram_resident_mib=(*known.vram_resident_mib, *(mib for _, mib in more)),
+        )
+        return replace(self, consumers={**self.consumers, name: kept})
 
     @property
     def gpus(self) -> tuple[GpuRef, ...]:

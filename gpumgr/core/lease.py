@@ -6,14 +6,18 @@ a clock, or decide who gets the GPU (queue.py, placement.py).
 The life of a lease, beside the phase of its hold in queue.py, each step at an instant ``now`` of monotonic seconds:
 
     granting   being written down, nobody told yet: its hold excludes others; it is not in this book
-    live       in this book from ``publish`` on, until ``expires_at``, which a renew moves
+    live       in this book from ``publish`` on, until ``expires_at``, which a renew moves, though never beyond
+               ``hold_until``. A restart and a sleep of the machine give it its full TTL again
     ending     out of this book: over for its holder at once; its hold excludes others until that is written down
+    quarantine over, after an expiry or a revoke, and its consumer may still compute for the old holder: its hold
+               excludes others until the consumer is idle, or for a limited time
 
 At ``now >= expires_at`` a lease is dead whoever looks first; nothing revives it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -27,6 +31,7 @@ class EndReason(StrEnum):
     RELEASED = "released"
     EXPIRED = "expired"
     REVOKED = "revoked"
+    HOST_REBOOT = "host_reboot"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +60,17 @@ class Lease:
     ttl_seconds: float
     expires_at: float
     request: RequestKey | None = None
+    hold_until: float = math.inf
+    """``lease.max_hold_seconds`` after the grant: from then on a renew does not extend it."""
+    written_ttl_seconds: float = 0.0
+    """What a restart would give it."""
 
     def alive(self, now: float) -> bool:
         return now < self.expires_at
+
+    def armed(self, now: float, ttl_seconds: float) -> Lease:
+        """With this TTL from ``now`` on."""
+        return replace(self, ttl_seconds=ttl_seconds, expires_at=min(now + ttl_seconds, self.hold_until))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +102,7 @@ class LeaseBook:
         self._live: dict[str, Lease] = {}
         self._by_request: dict[RequestKey, str] = {}
         self._ended: OrderedDict[RequestKey, _Ended] = OrderedDict()
+        self._unconfirmed: dict[str, float] = {}
         self._fence = 0
 
     def __iter__(self) -> Iterator[Lease]:
@@ -102,13 +116,41 @@ class LeaseBook:
         self._fence += 1
         return self._fence
 
-    def publish(self, lease: Lease, now: float) -> Lease:
-        """The grant is written down: from now on the lease is live, with its full TTL."""
-        live = replace(lease, granted_at=now, expires_at=now + lease.ttl_seconds)
-        self._live[live.token] = live
-        if live.request is not None:
-            self._by_request[live.request] = live.token
-        return live
+    def publish(self, lease: Lease, now: float, max_hold_seconds: float = 0.0) -> Lease:
+        """The grant is written down: from now on the lease is live, with its full TTL. ``max_hold_seconds`` 0: as long
+        as it is renewed."""
+        until = now + max_hold_seconds if max_hold_seconds else math.inf
+        live = replace(lease, granted_at=now, hold_until=until, written_ttl_seconds=lease.ttl_seconds)
+        return self._put(live.armed(now, lease.ttl_seconds))
+
+    def restore(self, lease: Lease, now: float) -> Lease:
+        """One that an earlier life of the broker granted, with a full TTL."""
+        return self._put(lease.armed(now, lease.ttl_seconds))
+
+    def _put(self, lease: Lease) -> Lease:
+        self._live[lease.token] = lease
+        if lease.request is not None:
+            self._by_request[lease.request] = lease.token
+        return lease
+
+    def remember(self, key: RequestKey, consumer: str, reason: EndReason, at: float) -> None:
+        """A request whose lease ended in an earlier life. In order of their ends."""
+        self._ended[key] = _Ended(consumer, reason, at)
+
+    def start_fence(self, fence: int) -> None:
+        """The largest one that was ever given."""
+        self._fence = max(self._fence, fence)
+
+    def rearm(self, now: float) -> None:
+        """Every live lease has its full TTL again: nobody could renew while the machine slept."""
+        for token, lease in self._live.items():
+            if lease.alive(now):
+                self._live[token] = lease.armed(now, lease.ttl_seconds)
+
+    def wrote(self, token: str, ttl_seconds: float) -> None:
+        """This TTL is what a restart would give."""
+        if token in self._live:
+            self._live[token] = replace(self._live[token], written_ttl_seconds=ttl_seconds)
 
     def get(self, token: str, now: float) -> Lease:
         """Raises: LeaseUnknown where there is none, or its time is over."""
@@ -123,14 +165,23 @@ class LeaseBook:
         Raises: LeaseUnknown.
         """
         lease = self.get(token, now)
-        ttl = lease.ttl_seconds if ttl_seconds is None else ttl_seconds
-        renewed = replace(lease, ttl_seconds=ttl, expires_at=now + ttl)
-        self._live[token] = renewed
+        renewed = self._live[token] = lease.armed(now, lease.ttl_seconds if ttl_seconds is None else ttl_seconds)
+        self._unconfirmed.pop(token, None)
         return renewed
+
+    def doubt(self, token: str, until: float) -> None:
+        """Its only caller left before the answer: whoever asks again under its request id until then may have it."""
+        if token in self._live:
+            self._unconfirmed[token] = until
+
+    def unclaimed(self, now: float) -> list[Lease]:
+        """Those that nobody asked for again in time."""
+        return [self._live[token] for token, until in self._unconfirmed.items() if now >= until]
 
     def end(self, lease: Lease, reason: EndReason, now: float) -> None:
         """The lease is over for its holder. Its request id is remembered, so that a late retry learns why."""
         del self._live[lease.token]
+        self._unconfirmed.pop(lease.token, None)
         if lease.request is not None:
             del self._by_request[lease.request]
             self._ended.pop(lease.request, None)  # an id used again after a day goes to the end of the line
@@ -141,7 +192,8 @@ class LeaseBook:
         return [lease for lease in self._live.values() if not lease.alive(now)]
 
     def next_expiry(self) -> float | None:
-        return min((lease.expires_at for lease in self._live.values()), default=None)
+        """When the next one is over, or is unclaimed for long enough."""
+        return min((*(lease.expires_at for lease in self._live.values()), *self._unconfirmed.values()), default=None)
 
     def of_request(self, key: RequestKey, consumer: str, now: float) -> Lease | None:
         """The live lease this request already has, or None where the request is new.
@@ -151,6 +203,7 @@ class LeaseBook:
         lease = self._live.get(self._by_request.get(key, ""))
         if lease is not None and lease.alive(now):
             require_same(key, lease.consumer, consumer)
+            self._unconfirmed.pop(lease.token, None)
             return lease
         ended = self._ended.get(key)
         if lease is not None:
@@ -162,6 +215,11 @@ class LeaseBook:
             f"the lease of this request_id was {ended.reason}; use a new request_id for a new lease",
             reason=ended.reason.value,
         )
+
+    def holder_of(self, key: RequestKey, now: float) -> Lease | None:
+        """The live lease of this request."""
+        lease = self._live.get(self._by_request.get(key, ""))
+        return lease if lease is not None and lease.alive(now) else None
 
     def _forget_old(self, now: float) -> None:
         while self._ended:

@@ -8,8 +8,8 @@ Must not: unload, probe, wait or know a clock.
 1. A GPU that cannot be read: refuse (``gpu_unreadable``). No reading, no proof, no grant.
 2. A need above ``total - headroom``: refuse at once, unloading nobody.
 3. Consumers that may not coexist with the target and are resident: unload them, all at once. One that is in use
-   is waited for (``draining``): what is in use is never unloaded. In use are holders, and who computes without one:
-   a holder's tail, or direct use.
+   is waited for (``draining``), on the card already or still on its way there: what is in use is never unloaded. In
+   use are holders, and who computes without one: a holder's tail, or direct use.
 4. One of them kept its memory: refuse, whether or not the target would fit beside it. Only the driver can take that
    back: the consumer's own word that it is gone is what its unload has just disproved.
 5. It fits: grant.
@@ -232,7 +232,8 @@ def _excluded_residents(target: Consumer, view: View) -> list[str]:
     return [
         other.name
         for other in _others(target, view)
-        if (view.resident(other) or _kept(other, view)) and not view.catalog.may_coexist(target.name, other.name)
+        if (view.resident(other) or other.name in view.in_use or _kept(other, view))
+        and not view.catalog.may_coexist(target.name, other.name)
     ]
 
 

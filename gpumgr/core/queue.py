@@ -35,6 +35,7 @@ class Phase(StrEnum):
     GRANTING = "granting"
     LIVE = "live"
     ENDING = "ending"
+    QUARANTINE = "quarantine"
 
 
 class WaitingFor(StrEnum):
@@ -159,9 +160,13 @@ class Queue:
         """A holder at once, whether or not it has its turn."""
         return self._hold(entry)
 
-    def _hold(self, entry: Entry) -> Hold:
+    def restore(self, consumer: str, phase: Phase) -> Hold:
+        """A holder of an earlier life of the broker."""
+        return self._hold(Entry(self.number(), consumer), phase)
+
+    def _hold(self, entry: Entry, phase: Phase = Phase.PREPARING) -> Hold:
         self.leave(entry.seq)
-        hold = Hold(entry.seq, entry.consumer, self.catalog.consumers[entry.consumer].gpus)
+        hold = Hold(entry.seq, entry.consumer, self.catalog.consumers[entry.consumer].gpus, phase)
         self._holds[entry.seq] = hold
         return hold
 

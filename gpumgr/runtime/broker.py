@@ -4,7 +4,8 @@ Owns: waiting for an answer, and starting and stopping the threads. Must not: kn
 I/O. All state is in state.py, all rules in core.
 
 Threads: ``watchdog`` (ends leases), one ``prepare-N`` per GPU, ``observe-card`` and ``observe-servers`` (so that
-neither a hung driver nor a hung server can delay the watchdog), and the evictor's ``unload-NAME`` for one call each.
+neither a hung driver nor a hung server can delay the watchdog), ``keep-store`` (so that no disk can), one
+``quarantine-NAME`` per lease in quarantine, and the evictor's ``unload-NAME`` for one call each.
 """
 
 from __future__ import annotations
@@ -12,22 +13,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
+from typing import Any
 
 from gpumgr import __version__
 from gpumgr.config import Settings
 from gpumgr.core.catalog import Consumer
-from gpumgr.core.lease import Call, EndReason, Lease, require_same
+from gpumgr.core.lease import Call, EndReason, Lease, RequestKey, require_same
 from gpumgr.core.placement import View, impossible, insufficient
 from gpumgr.core.queue import Fifo, Phase
-from gpumgr.errors import GpumgrError, InternalError, LeaseMismatch, LeaseUnknown, ShuttingDown
+from gpumgr.errors import GpumgrError, InternalError, LeaseMismatch, LeaseUnknown, RequestEnded, ShuttingDown
 from gpumgr.runtime.evictor import Evictor
-from gpumgr.runtime.ports import BackendError, Clock, Dialect, Journal, Probe
-from gpumgr.runtime.preparation import Preparation, World, ask_busy
+from gpumgr.runtime.ports import BackendError, Clock, Dialect, Probe, Store, StoreError
+from gpumgr.runtime.preparation import Preparation, World, ask_busy, store_failed, store_unavailable
+from gpumgr.runtime.quarantine import Watchman
 from gpumgr.runtime.refusals import prepare_timeout, scheduler_timeout
-from gpumgr.runtime.state import State
-from gpumgr.runtime.ticket import Ask, Ticket
+from gpumgr.runtime.state import Quarantine, State
+from gpumgr.runtime.ticket import Ask, Caller, Ticket
 from gpumgr.runtime.watchdog import Rounds
 
 log = logging.getLogger(__name__)
@@ -42,6 +46,12 @@ TAIL_EACH_SECONDS = 0.5
 LONGEST_SLEEP_SECONDS = 1.0
 FIRST_READING_SECONDS = 5.0
 STALE_READING_SECONDS = 10.0
+STORE_AGAIN_SECONDS = 1.0
+KEEP_TOGETHER_SECONDS = 0.05
+"""Events and totals of this long are written in one go."""
+
+
+EVENT_OF = {EndReason.RELEASED: "release", EndReason.EXPIRED: "expire", EndReason.REVOKED: "revoke"}
 
 
 class Broker:
@@ -53,12 +63,12 @@ class Broker:
         probe: Probe,
         dialects: Mapping[str, Dialect],
         clock: Clock,
-        journal: Journal,
+        store: Store,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self.settings = settings
         self.clock = clock
-        self.journal = journal
+        self.store = store
         mode = settings.scheduling.mode
         self._lets_pass = mode == "passthrough"
         self.state = State(
@@ -75,7 +85,12 @@ class Broker:
         self._probe = probe
         self._dialects = dialects
         evictor = Evictor(probe, dialects, clock, pause)
-        self._world = World(probe, dialects, evictor, journal, clock)
+        self._world = World(probe, dialects, evictor, store, clock)
+        self._pause = pause
+        self._watchman = Watchman(self.state, dialects, clock, settings.lease.quarantine_seconds)
+        self._keeper = Rounds("keep-store", self.keep_store)
+        self._idle: list[str] = []
+        """Leases whose quarantine is over, to be written down."""
         self._workers: list[threading.Thread] = []
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._card = Rounds("observe-card", self.observe_card)
@@ -85,9 +100,12 @@ class Broker:
     # -- start and stop -------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the threads; returns after the first reading of the card, which resolves UUIDs and warns of
-        consumers that can never fit, or without it where the driver hangs."""
+        """Bring back the leases of an earlier life, and start the threads; returns after the first reading of the card,
+        which resolves UUIDs and warns of consumers that can never fit, or without it where the driver hangs."""
         self.started_at = self.clock.utc()
+        self.state.on_event = self._note_down
+        self._restore()
+        self._keeper.start()
         self._card.start()
         self.fresh_card(FIRST_READING_SECONDS)
         self._warn_of_misfits()
@@ -97,6 +115,8 @@ class Broker:
             worker.start()
         self._watchdog.start()
         self._servers.start()
+        for quarantine in list(self.state.quarantines.values()):
+            self._begin_quarantine(quarantine)
         self.state.note("start", None, version=__version__)
         log.info("start version=%s bind=%s", __version__, self.settings.server.bind)
 
@@ -115,6 +135,8 @@ class Broker:
         self._card.stop()
         self._servers.stop()
         self.state.note("stop", None)
+        self._keeper.stop()
+        self._watchman.stop()
         log.info("stop")
 
     def close(self, timeout_seconds: float = 5.0) -> None:
@@ -123,8 +145,10 @@ class Broker:
         for thread in [*self._workers, self._watchdog]:
             if thread.is_alive():
                 thread.join(timeout_seconds)
-        for rounds in (self._card, self._servers):
+        for rounds in (self._card, self._servers, self._keeper):
             rounds.join(timeout_seconds)
+        self.keep_store()
+        self.store.close()
         self._probe.close()
 
     def missing(self) -> list[str]:
@@ -134,6 +158,8 @@ class Broker:
                 return ["the broker is shutting down"]
             if self.started_at is None:
                 return ["the broker has not started yet"]
+            if self.state.store_error is not None:
+                return [self.state.store_error]
             if self.state.believes:
                 return []
             reading = self.state.reading
@@ -156,35 +182,155 @@ class Broker:
         """The card without anyone on it, as far as `impossible` looks."""
         return View(self.state.catalog, self.state.reading, self.settings.gpu.headroom_mib, {}, {})
 
+    # -- other lives ----------------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        try:
+            kept = self.store.open()
+        except StoreError as error:
+            store_failed(self.state, error)
+            return
+        with self.state.lock:
+            self.state.restore(kept)
+            live = len(self.state.leases)
+        log.info("restored leases=%s fence=%s rebooted=%s", live, kept.fence, len(kept.rebooted))
+        for name in kept.evicting:
+            log.warning(
+                "it was being unloaded when the last process ended; what came of it the card tells consumer=%s", name
+            )
+
+    def _note_down(self, event: dict[str, Any]) -> None:
+        self.store.note(event)
+        self._keeper.nudge()
+
+    def keep_store(self) -> float:
+        """Write what waits for it, or find out whether the store works again; the seconds until the next look."""
+        if self.state.store_error is not None:
+            return self._try_store()
+        if not self.state.stopping:
+            self._pause(KEEP_TOGETHER_SECONDS)
+        with self.state.lock:
+            totals, idle = self.state.take_totals(), list(self._idle)
+        try:
+            self.store.keep(totals, idle)
+        except StoreError as error:
+            with self.state.lock:
+                self.state.dirty.update(totals)
+            store_failed(self.state, error)
+            return STORE_AGAIN_SECONDS
+        with self.state.lock:
+            self._idle = [lease_id for lease_id in self._idle if lease_id not in idle]
+        return HEALTH_EACH_SECONDS
+
+    def _try_store(self) -> float:
+        """A success brings back what could not be read at the start."""
+        try:
+            if self.state.restored:
+                self.store.try_again()
+            else:
+                kept = self.store.open()
+                with self.state.lock:
+                    self.state.restore(kept)
+                for quarantine in list(self.state.quarantines.values()):
+                    self._begin_quarantine(quarantine)
+        except StoreError as error:
+            with self.state.lock:
+                self.state.store_error = str(error)
+            return STORE_AGAIN_SECONDS
+        with self.state.lock:
+            self.state.store_error = None
+            self.state.advance()
+        log.info("the store works again")
+        return 0.0
+
     # -- acquire --------------------------------------------------------------------------------------------
 
-    def acquire(self, ask: Ask) -> Lease:
+    def acquire(self, ask: Ask, caller: Caller | None = None) -> Lease:
         """Blocks until granted or refused: at most ``wait_seconds`` + ``lease.max_prepare_seconds``.
 
-        Raises: KindUnknown, ConsumerUnknown, RequestMismatch, RequestEnded, and every kind of Refused.
+        Raises: KindUnknown, ConsumerUnknown, RequestMismatch, RequestEnded (also where the caller has gone), and every
+        kind of Refused.
         """
-        granted = self._granted(ask, proxied=False)
+        granted = self._granted(ask, caller or Caller(), proxied=False)
         if not isinstance(granted, Lease):
             raise InternalError("gpumgr granted a call to somebody who asked for a lease")
         return granted
 
-    def _granted(self, ask: Ask, *, proxied: bool) -> Lease | Call:
+    def _granted(self, ask: Ask, caller: Caller, *, proxied: bool) -> Lease | Call:
         self.tick()
         with self.state.lock:
             now = self.clock.monotonic()
             consumer = self.state.catalog.resolve(kind=ask.kind, consumer=ask.consumer)
             if ask.request is not None:
+                self._require_restored()
                 live = self.state.leases.of_request(ask.request, consumer.name, now)
                 if live is not None:
                     return live
             deadline = now + self._wait_seconds(ask)
             ticket = self._ticket(ask, consumer, now, deadline, proxied=proxied)
-            if not (self._lets_pass and self.state.queue.is_waiting(ticket.entry)):
-                return self._await(ticket, deadline)
-            self.state.let_pass(ticket)
-        Preparation(self.state, self._world, ticket).grant()
+            passes = self._lets_pass and self.state.queue.is_waiting(ticket.entry)
+            if passes:
+                self.state.let_pass(ticket)
+        if passes:
+            Preparation(self.state, self._world, ticket).grant()
         with self.state.lock:
-            return self._await(ticket, deadline)
+            granted = self._await(ticket, deadline, caller)
+        return self._taken(ticket, granted, caller)
+
+    def _require_restored(self) -> None:
+        """Whatever is unknown now may be in the store that cannot be read. Raises: StoreUnavailable."""
+        if not self.state.restored and self.state.store_error is not None:
+            raise store_unavailable(self.state.store_error)
+
+    def _taken(self, ticket: Ticket, granted: Lease | Call, caller: Caller) -> Lease | Call:
+        """The last look at a caller before it is told. Raises: RequestEnded where it has gone."""
+        here = caller.here()
+        with self.state.lock:
+            if here and not caller.gone:
+                ticket.answered = True
+                return granted
+            nobody = not ticket.answered and all(other.gone for other in ticket.callers)
+        if nobody and isinstance(granted, Call):
+            self.end_call(granted)
+        elif nobody and isinstance(granted, Lease):
+            self._doubt(granted)
+        raise _hung_up()
+
+    def _doubt(self, lease: Lease) -> None:
+        """Granted, and nobody was there to be told. Who can ask again for it has a moment to do so."""
+        seconds = self.settings.lease.confirm_seconds
+        if lease.request is None or not seconds:
+            self.release(lease.token)
+            return
+        with self.state.lock:
+            self.state.leases.doubt(lease.token, self.clock.monotonic() + seconds)
+            self.state.expiry.notify()
+
+    def hang_up(self, caller: Caller) -> None:
+        """Its connection has ended. Quick: it may be called by a thread that all callers share."""
+        with self.state.lock:
+            caller.gone = True
+            if caller.ticket is not None:
+                caller.ticket.woken.notify_all()
+
+    def withdraw(self, request: RequestKey) -> str | None:
+        """Give up a waiting request (``withdrawn``), or release the lease it has (``released``); None: neither."""
+        with self.state.lock:
+            ticket = self.state.by_request.get(request)
+            if ticket is not None and not ticket.granting:
+                self.state.withdraw(ticket)
+                return "withdrawn"
+            lease = self.state.leases.holder_of(request, self.clock.monotonic())
+        if lease is None and ticket is not None:
+            lease = self._granting(ticket)
+        return "released" if lease is not None and self.release(lease.token) else None
+
+    def _granting(self, ticket: Ticket) -> Lease | None:
+        """What comes of a grant that is being written down."""
+        with self.state.lock:
+            while ticket.outcome is None:
+                ticket.woken.wait()
+        return ticket.outcome if isinstance(ticket.outcome, Lease) else None
 
     def _wait_seconds(self, ask: Ask) -> float:
         limits = self.settings.lease
@@ -211,18 +357,24 @@ class Broker:
             self.state.advance(now)
         return ticket
 
-    def _await(self, ticket: Ticket, deadline: float) -> Lease | Call:
-        """With the lock held, as in every condition's wait."""
-        ticket.callers += 1
+    def _await(self, ticket: Ticket, deadline: float, caller: Caller) -> Lease | Call:
+        """With the lock held, as in every condition's wait. The request goes with its last caller."""
+        ticket.callers.append(caller)
+        caller.ticket = ticket
         try:
             while ticket.outcome is None:
+                if caller.gone and not ticket.granting:
+                    if all(other.gone for other in ticket.callers):
+                        self.state.withdraw(ticket)
+                    raise _hung_up()
                 limit = ticket.limit(deadline)
                 left = None if limit is None else limit - self.clock.monotonic()
                 if left is not None and left <= 0:
                     raise self._give_up(ticket)
                 ticket.woken.wait(left)
         finally:
-            ticket.callers -= 1
+            ticket.callers.remove(caller)
+            caller.ticket = None
         if isinstance(ticket.outcome, GpumgrError):
             raise ticket.outcome
         return ticket.outcome
@@ -231,30 +383,30 @@ class Broker:
         """This caller's time is over. The request goes with its last caller."""
         make = prepare_timeout if ticket.preparing else scheduler_timeout
         error = make(self.state, ticket)
-        if ticket.callers == 1:
+        if len(ticket.callers) == 1:
             self.state.refuse(ticket, error)
             self.state.advance()
         return error
 
     # -- proxied calls --------------------------------------------------------------------------------------
 
-    def call(self, ask: Ask) -> Call:
+    def call(self, ask: Ask, caller: Caller | None = None) -> Call:
         """Blocks until the call may go to its consumer, or is refused: as ``acquire``, and ends with ``end_call``.
 
         Raises: KindUnknown, ConsumerUnknown, and every kind of Refused but InsufficientVram for what an eviction or
         another's end could mend: such a call goes ahead, unless a live lease shares the card.
         """
-        granted = self._granted(ask, proxied=True)
+        granted = self._granted(ask, caller or Caller(), proxied=True)
         if not isinstance(granted, Call):
             raise InternalError("gpumgr granted a lease to a proxied call")
         return granted
 
     def call_under_lease(self, token: str, kind: str) -> Call:
         """Passes at once; ends with ``end_call``. Raises: KindUnknown, LeaseUnknown, LeaseMismatch."""
-        with self.state.lock:
+        with self._told_once(), self.state.lock:
             now = self.clock.monotonic()
             consumer = self.state.catalog.resolve(kind=kind, consumer=None)
-            lease = self.state.leases.get(token, now)
+            lease = self._live(token)
             if lease.consumer != consumer.name:
                 raise LeaseMismatch(
                     f"this lease is for {lease.consumer}, and /v1/{kind} leads to {consumer.name}: call a kind of "
@@ -271,13 +423,14 @@ class Broker:
         with self.state.lock:
             if self.state.calls.pop(call.seq, None) is None:
                 return
-            self.state.queue.leave(call.seq)
             self.state.note_used(call.consumer)
-            self.state.advance()
             look = self.state.memory[call.consumer].tail
+            self.state.leave(call.seq, call.consumer)
+            self.state.advance()
             held = round(self.clock.monotonic() - call.began_at, 3)
         if look:
             self._servers.nudge()
+        self._keeper.nudge()
         under = "" if call.lease_id is None else f" lease_id={call.lease_id}"
         log.info(
             "call consumer=%s waited_seconds=%s held_seconds=%s%s", call.consumer, call.waited_seconds, held, under
@@ -296,71 +449,158 @@ class Broker:
     # -- a lease's life -------------------------------------------------------------------------------------
 
     def lease(self, token: str) -> Lease:
-        """Raises: LeaseUnknown."""
-        with self.state.lock:
+        """Raises: LeaseUnknown, StoreUnavailable."""
+        with self._told_once(), self.state.lock:
+            return self._live(token)
+
+    def _live(self, token: str) -> Lease:
+        """With the lock held."""
+        self.state.note_sleep()
+        try:
             return self.state.leases.get(token, self.clock.monotonic())
+        except LeaseUnknown:
+            self._require_restored()
+            raise
+
+    @contextmanager
+    def _told_once(self) -> Iterator[None]:
+        """Who is told that a lease is over is told so for good: its end is written down first, and no restart brings it
+        back."""
+        try:
+            yield
+        except LeaseUnknown:
+            self.tick()
+            raise
 
     def renew(self, token: str, ttl_seconds: float | None) -> tuple[Lease, int, bool | None]:
         """The lease with a full TTL from now on, how many requests it holds up, and its consumer's health.
 
-        Raises: LeaseUnknown.
+        Raises: LeaseUnknown, StoreUnavailable.
         """
         ttl = None if ttl_seconds is None else self.settings.lease.clamp_ttl(ttl_seconds)
-        with self.state.lock:
+        with self._told_once(), self.state.lock:
+            self._live(token)
             lease = self.state.leases.renew(token, self.clock.monotonic(), ttl)
             if ttl is not None:
                 self.state.expiry.notify()  # it may end sooner than the watchdog sleeps
-            return lease, self.state.held_up_by(lease), self.state.memory[lease.consumer].healthy
+            found = lease, self.state.held_up_by(lease), self.state.memory[lease.consumer].healthy
+        if lease.ttl_seconds > lease.written_ttl_seconds:
+            self._write_ttl(lease)
+        return found
+
+    def _write_ttl(self, lease: Lease) -> None:
+        """Before its holder relies on it: a restart gives what is written. A broken disk ends no lease."""
+        try:
+            self.store.raised(lease)
+        except StoreError as error:
+            store_failed(self.state, error)
+            return
+        with self.state.lock:
+            self.state.leases.wrote(lease.token, lease.ttl_seconds)
 
     def release(self, token: str) -> bool:
         """Whether this call ended a live lease. The next one in line goes at once."""
-        with self.state.lock:
-            try:
-                lease = self.state.leases.get(token, self.clock.monotonic())
-            except LeaseUnknown:
-                return False
-            self._begin_end(lease, EndReason.RELEASED)
-        self._finish_end(lease, "release")
+        try:
+            with self._told_once(), self.state.lock:
+                lease = self._live(token)
+                self._begin_end(lease)
+        except LeaseUnknown:
+            return False
+        self._finish_end(lease, EndReason.RELEASED)
         return True
 
     def tick(self) -> int:
         """End every lease whose time is over; how many there were. Called by the watchdog, and by whoever asks
         for a turn, so that a late watchdog delays nobody."""
         with self.state.lock:
-            over = self.state.leases.expired(self.clock.monotonic())
-            for lease in over:
-                self._begin_end(lease, EndReason.EXPIRED)
-        for lease in over:
+            self.state.note_sleep()
+            now = self.clock.monotonic()
+            over = [(lease, EndReason.EXPIRED) for lease in self.state.leases.expired(now)]
+            for lease, reason in over:
+                self._begin_end(lease, reason)
+            unclaimed = [(lease, EndReason.RELEASED) for lease in self.state.leases.unclaimed(now)]
+            for lease, reason in unclaimed:
+                self._begin_end(lease, reason)
+        for lease, reason in [*over, *unclaimed]:
             try:
-                self._finish_end(lease, "expire")
+                self._finish_end(lease, reason, **({"reason": "unclaimed"} if reason is EndReason.RELEASED else {}))
             except Exception:  # one that cannot be ended must not keep the others
                 log.exception("a lease could not be ended lease_id=%s", lease.lease_id)
-        return len(over)
+        return len(over) + len(unclaimed)
 
-    def _begin_end(self, lease: Lease, reason: EndReason) -> None:
+    def _begin_end(self, lease: Lease, reason: EndReason = EndReason.RELEASED) -> None:
         """With the lock held: over for its holder, still excluding others until it is written down."""
         self.state.leases.end(lease, reason, self.clock.monotonic())
         self.state.queue.holds[lease.seq].phase = Phase.ENDING
 
-    def _finish_end(self, lease: Lease, event: str) -> None:
+    def _finish_end(self, lease: Lease, reason: EndReason, **more: Any) -> None:
+        """Written down before the next grant: where the disk fails, the store owes it, and grants nothing before."""
         facts = {
             "lease_id": lease.lease_id,
             "holder": lease.holder,
             "fence": lease.fence,
             "held_seconds": self.state.held(lease),
+            **more,
         }
-        try:
-            self.journal.ended(lease, self.state.note(event, lease.consumer, **facts))
-        except Exception:
-            log.exception("the end of a lease could not be written down lease_id=%s", lease.lease_id)
+        event = self.state.event(EVENT_OF[reason], lease.consumer, **facts)
         with self.state.lock:
-            self.state.queue.leave(lease.seq)
-            self.state.note_used(lease.consumer)
-            self.state.advance()
-            look = self.state.memory[lease.consumer].tail
+            quarantined = reason is not EndReason.RELEASED and self._may_still_compute(lease)
+        try:
+            self.store.ended(lease, reason, event, quarantined=quarantined)
+        except StoreError as error:
+            store_failed(self.state, error)
+        except Exception:  # a defect there must not keep the GPU
+            log.exception("the end of a lease could not be written down lease_id=%s", lease.lease_id)
+        self.state.events.append(event)
+        look = self._quarantined(lease) if quarantined else self._left(lease)
         if look:
             self._servers.nudge()
-        log.info("%s consumer=%s %s", event, lease.consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
+        log.info("%s consumer=%s %s", event["type"], lease.consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
+
+    def _left(self, lease: Lease) -> bool:
+        """Whether its consumer may have a tail."""
+        with self.state.lock:
+            self.state.note_used(lease.consumer)
+            tail = self.state.memory[lease.consumer].tail
+            self.state.leave(lease.seq, lease.consumer)
+            self.state.advance()
+        return tail
+
+    # -- quarantine -----------------------------------------------------------------------------------------
+
+    def _may_still_compute(self, lease: Lease) -> bool:
+        """With the lock held. Not where somebody else holds its consumer too: whose work it does nobody could tell, and
+        nobody will unload it."""
+        consumer = self.state.catalog.consumers[lease.consumer]
+        alone = len(self.state.queue.holds_of(lease.consumer)) == 1
+        asks = self.state.memory[lease.consumer].reports_busy and not consumer.retired
+        return alone and asks and not self._lets_pass and self.settings.lease.quarantine_seconds > 0
+
+    def _quarantined(self, lease: Lease) -> bool:
+        with self.state.lock:
+            self.state.queue.holds[lease.seq].phase = Phase.QUARANTINE
+            quarantine = Quarantine(lease.lease_id, lease.consumer, lease.seq)
+            self.state.quarantines[lease.seq] = quarantine
+        self._begin_quarantine(quarantine)
+        return False
+
+    def _begin_quarantine(self, quarantine: Quarantine) -> None:
+        self._watchman.watch(quarantine, self._end_quarantine)
+
+    def _end_quarantine(self, quarantine: Quarantine, *, idle: bool) -> None:
+        """``idle``: its consumer said so. Else its time is over, and the next eviction decides, without asking."""
+        name = quarantine.consumer
+        with self.state.lock:
+            if self.state.quarantines.pop(quarantine.seq, None) is None:
+                return
+            self.state.note_used(name)
+            self.state.memory[name].tail = False
+            self.state.memory[name].outlasted = not idle
+            self.state.leave(quarantine.seq, name)
+            self._idle.append(quarantine.lease_id)
+            self.state.advance()
+        self._keeper.nudge()
+        log.info("quarantine over consumer=%s lease_id=%s idle=%s", name, quarantine.lease_id, idle)
 
     # -- threads --------------------------------------------------------------------------------------------
 
@@ -471,6 +711,11 @@ class Broker:
         each = TAIL_EACH_SECONDS if remembered.tail or remembered.busy else at_most_seconds
         instants = [at for at in (remembered.busy_asked, remembered.last_used) if at is not None]
         return not instants or self.clock.monotonic() - max(instants) >= each
+
+
+def _hung_up() -> RequestEnded:
+    """Nobody reads it, unless the connection ended in one direction only."""
+    return RequestEnded("the caller hung up while it waited; its request is withdrawn", reason="withdrawn")
 
 
 def _shutting_down() -> ShuttingDown:

@@ -5,11 +5,13 @@ Owns: the protocols and their promises. Must not: do anything.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from gpumgr.core.card import Reading
-from gpumgr.core.lease import Lease
+from gpumgr.core.lease import EndReason, Lease, RequestKey
 from gpumgr.core.placement import Report
 
 
@@ -21,6 +23,9 @@ class Clock(Protocol):
 
     def utc(self) -> datetime:
         """The wall clock, aware, only ever shown."""
+
+    def slept(self) -> float:
+        """Seconds that the machine was suspended since some instant of the past; it only grows."""
 
 
 class Probe(Protocol):
@@ -79,10 +84,77 @@ class Dialect(Protocol):
     def busy(self) -> bool | None:
         """Is it computing now? None: it has no such report."""
 
+    def interrupt(self) -> None:
+        """End what it computes now and what waits in it at this moment, and nothing that comes later. Does nothing
+        where it has no call for that, or the file says to wait. Returning proves nothing."""
 
-class Journal(Protocol):
-    """Where grants and their ends are written. Called with the lock down, before the caller is answered."""
 
-    def granted(self, lease: Lease, event: dict[str, Any]) -> None: ...
+class StoreError(Exception):
+    """The store cannot write or read now. The message is the end of a sentence: why."""
 
-    def ended(self, lease: Lease, event: dict[str, Any]) -> None: ...
+
+@dataclass(frozen=True, slots=True)
+class KeptLease:
+    """A lease that an earlier life granted. ``sizes_mib``: what its consumer was declared to hold on each of its GPUs.
+    ``quarantined``: over for its holder, and its consumer was not seen idle since."""
+
+    lease: Lease
+    sizes_mib: tuple[int, ...]
+    quarantined: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """What is counted of one consumer over all lives. ``last_used_at`` is the wall clock's."""
+
+    requests: int = 0
+    evictions: int = 0
+    last_used_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Everything that outlives the broker's process. ``ended``: requests whose lease is over, the oldest first, with
+    the consumer, the reason, and the instant (monotonic)."""
+
+    fence: int = 0
+    leases: Sequence[KeptLease] = ()
+    ended: Sequence[tuple[RequestKey, str, EndReason, float]] = ()
+    rebooted: Sequence[Lease] = ()
+    """Live when the machine went down: they are over."""
+    totals: Mapping[str, Total] = field(default_factory=dict)
+    events: Sequence[dict[str, Any]] = ()
+    evicting: Sequence[str] = ()
+    """Consumers that were being unloaded when the process ended: nobody knows what came of it."""
+
+
+class Store(Protocol):
+    """What outlives the process. Every call but ``note`` may block on a disk and raises StoreError alone; it is made
+    with the lock down, before anybody is told. After a failure a call owes what it could not write, and the next one
+    that succeeds writes that too."""
+
+    def open(self) -> Kept: ...
+
+    def note(self, event: dict[str, Any]) -> None:
+        """To be written with the next call. Never blocks."""
+
+    def intend(self, seq: int, target: str, victims: Sequence[str]) -> None:
+        """Durably: these are about to be unloaded for the ticket ``seq``."""
+
+    def granted(self, kept: KeptLease, event: dict[str, Any], totals: Mapping[str, Total]) -> None:
+        """Durably, in one transaction: fence, lease, event, and that what was intended for it is done."""
+
+    def ended(self, lease: Lease, reason: EndReason, event: dict[str, Any], *, quarantined: bool) -> None:
+        """Durably."""
+
+    def raised(self, lease: Lease) -> None:
+        """Durably: its TTL, for a restart."""
+
+    def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
+        """Events and totals, and the leases (by id) whose quarantine is over. It survives the process, not a loss of
+        power."""
+
+    def try_again(self) -> None:
+        """Durably, whatever is owed."""
+
+    def close(self) -> None: ...

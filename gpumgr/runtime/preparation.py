@@ -8,12 +8,13 @@ Owns: the order of the steps and putting the lock down for each. Must not: choos
     2. look      read the card; ask those whose memory the driver does not tell, and those who may be computing without
                  a holder, whether they are
     3. decide    under the lock, from what was just read
+         gone    nobody waits any more: looked at just before the decision, so that no grant is for nobody
          unload  whoever was not asked just now whether it is busy: back to 2, to ask
                  victims leave service under the lock, lock down, unload with proof, back to 2
          wait    for a holder's end, for a tail's, or for the card to change, with the turn kept, back to 2
          refuse  the error is the answer
          fits    4. load, where the dialect has a call for it and it is not loaded; health again; back to 2
-                 5. grant: ``granting`` under the lock, written to the journal with the lock down, then live
+                 5. grant: ``granting`` under the lock, written to the store with the lock down, then live
 
 A ticket that has its answer already (deadline, shutdown) ends the preparation after the running step.
 """
@@ -25,14 +26,15 @@ import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from typing import Any
 
 from gpumgr.core.card import Reading
 from gpumgr.core.lease import Call, Lease
 from gpumgr.core.placement import Decision, Grant, Refuse, Report, Unload, Victim, View, Wait, decide, decide_call
 from gpumgr.core.queue import Phase, WaitingFor
-from gpumgr.errors import ConsumerUnhealthy, GpumgrError, InsufficientVram, InternalError
+from gpumgr.errors import ConsumerUnhealthy, GpumgrError, InsufficientVram, InternalError, StoreUnavailable
 from gpumgr.runtime.evictor import Evictor
-from gpumgr.runtime.ports import BackendError, Clock, Dialect, Journal, Probe
+from gpumgr.runtime.ports import BackendError, Clock, Dialect, KeptLease, Probe, Store, StoreError
 from gpumgr.runtime.refusals import scheduler_timeout
 from gpumgr.runtime.state import State
 from gpumgr.runtime.ticket import Ticket
@@ -63,12 +65,13 @@ class World:
     probe: Probe
     dialects: Mapping[str, Dialect]
     evictor: Evictor
-    journal: Journal
+    store: Store
     clock: Clock
 
 
 class Preparation:
     def __init__(self, state: State, world: World, ticket: Ticket) -> None:
+        self._waited = 0.0
         self._state = state
         self._world = world
         self._ticket = ticket
@@ -125,6 +128,8 @@ class Preparation:
 
     def _step(self) -> Step:
         with self._state.lock:
+            if not self._ticket.proxied:
+                require_store(self._state)
             unreadable = bool(self._state.reading.problems(self._target.gpus))
         believing = self._ticket.proxied or self._state.believes
         if (believing or not unreadable) and (self._load_called or not self._dialect.load_starts_service):
@@ -132,6 +137,7 @@ class Preparation:
         ends, reading, reports = self._look()
         if unreadable and not reading.problems(self._target.gpus):
             return Step.AGAIN  # the driver is back: now its health comes first
+        self._require_caller()
         with self._state.lock:
             self._require_wanted()
             if ends != self._state.ends:
@@ -235,6 +241,16 @@ class Preparation:
     def _drain_words(self, consumers: Sequence[str]) -> list[str]:
         return [_drain(name, self._state.computing(name), self._state.memory[name].busy_error) for name in consumers]
 
+    def _require_caller(self) -> None:
+        """Its callers may have hung up without anybody having seen it yet."""
+        with self._state.lock:
+            callers = list(self._ticket.callers)
+        if not callers or any(not caller.gone and caller.here() for caller in callers):
+            return  # without any, whoever asks has not begun to wait yet
+        with self._state.lock:
+            if self._ticket.callers == callers:
+                self._state.withdraw(self._ticket)
+
     def _require_wanted(self) -> None:
         if self._ticket.outcome is not None:
             raise _Gone
@@ -307,6 +323,8 @@ class Preparation:
             holdings = state.holdings(reading, reports)
             consumers = [state.catalog.consumers[name] for name in victims]
             believe = self._state.believes or self._ticket.proxied
+        if not self._ticket.proxied:
+            self._intend(victims)
         outcome = self._world.evictor.unload(
             consumers,
             holdings,
@@ -323,6 +341,15 @@ class Preparation:
             self._ticket.tried.extend(outcome)
         for victim in outcome:
             self._tell(victim)
+
+    def _intend(self, victims: Sequence[str]) -> None:
+        """Raises: StoreUnavailable; then nobody is unloaded for a lease that could not be granted."""
+        try:
+            self._world.store.intend(self._ticket.seq, self._target.name, victims)
+        except StoreError as error:
+            for name in victims:
+                self._back_in_service(name)
+            raise store_failed(self._state, error) from None
 
     def _back_in_service(self, name: str) -> None:
         with self._state.lock:
@@ -385,6 +412,8 @@ class Preparation:
         error: GpumgrError | None = None
         try:
             self._grant()
+        except GpumgrError as refusal:
+            error = refusal
         except Exception:
             log.exception("grant failed consumer=%s", self._target.name)
             error = InternalError("gpumgr failed while granting; its log has the traceback")
@@ -404,44 +433,90 @@ class Preparation:
             call = Call(ticket.seq, self._target.name, now, waited_seconds=state.waited(ticket))
             state.calls[call.seq] = call
             state.queue.holds[call.seq].phase = Phase.LIVE
-            state.memory[call.consumer].total_requests += 1
+            state.count_request(call.consumer)
             state.settle(ticket, call)
             state.advance()
 
     def _write_down(self) -> None:
-        """The grant is decided and excludes others already; it is told when the journal has it."""
+        """The grant is decided and excludes others already; it is told when the store has it.
+
+        Raises: StoreUnavailable.
+        """
         state, ticket, world = self._state, self._ticket, self._world
         with state.lock:
-            fence = state.leases.next_fence()
-            now = world.clock.monotonic()
-            gpus = [state.reading.gpu(ref) or state.readable.get(ref) for ref in self._target.gpus]
-            lease = Lease(
-                lease_id=secrets.token_hex(5),
-                token=secrets.token_urlsafe(24),
-                consumer=self._target.name,
-                holder=ticket.holder,
-                gpus=tuple(
-                    gpu.index if gpu is not None else ref for gpu, ref in zip(gpus, self._target.gpus, strict=True)
-                ),
-                gpu_uuids=tuple(gpu.uuid if gpu is not None else None for gpu in gpus),
-                seq=ticket.seq,
-                fence=fence,
-                granted_at=now,
-                ttl_seconds=ticket.ttl_seconds,
-                expires_at=now + ticket.ttl_seconds,
-                request=ticket.request,
-            )
-            waited = state.waited(ticket)
-        facts = {"lease_id": lease.lease_id, "holder": lease.holder, "fence": fence, "waited_seconds": waited}
-        world.journal.granted(lease, state.note("grant", lease.consumer, **facts))
+            self._waited = state.waited(ticket)
+            lease = self._lease(state.leases.next_fence())
+            kept = KeptLease(lease, self._target.vram_resident_mib)
+            event = state.event("grant", lease.consumer, **self._grant_facts(lease))
+            state.count_request(lease.consumer)
+            totals = state.take_totals()
+        try:
+            world.store.granted(kept, event, totals)
+        except StoreError as error:
+            with state.lock:
+                state.dirty.update(totals)
+                state.count_request(lease.consumer, -1)
+            raise store_failed(state, error) from None
+        state.events.append(event)
         with state.lock:
-            live = state.leases.publish(lease, world.clock.monotonic())
+            live = state.publish(lease)
             state.queue.holds[ticket.seq].phase = Phase.LIVE
-            state.memory[lease.consumer].total_requests += 1
             state.settle(ticket, live)
             state.expiry.notify()
             state.advance()
-        log.info("grant consumer=%s %s", lease.consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
+        log.info(
+            "grant consumer=%s %s", lease.consumer, " ".join(f"{k}={v}" for k, v in self._grant_facts(lease).items())
+        )
+
+    def _lease(self, fence: int) -> Lease:
+        state, ticket, now = self._state, self._ticket, self._world.clock.monotonic()
+        gpus = [state.reading.gpu(ref) or state.readable.get(ref) for ref in self._target.gpus]
+        return Lease(
+            lease_id=secrets.token_hex(5),
+            token=secrets.token_urlsafe(24),
+            consumer=self._target.name,
+            holder=ticket.holder,
+            gpus=tuple(gpu.index if gpu is not None else ref for gpu, ref in zip(gpus, self._target.gpus, strict=True)),
+            gpu_uuids=tuple(gpu.uuid if gpu is not None else None for gpu in gpus),
+            seq=ticket.seq,
+            fence=fence,
+            granted_at=now,
+            ttl_seconds=ticket.ttl_seconds,
+            expires_at=now + ticket.ttl_seconds,
+            request=ticket.request,
+        )
+
+    def _grant_facts(self, lease: Lease) -> dict[str, Any]:
+        """``arrival`` is its number in the queue of this life: it tells who came first."""
+        return {
+            "lease_id": lease.lease_id,
+            "holder": lease.holder,
+            "fence": lease.fence,
+            "waited_seconds": self._waited,
+            "arrival": lease.seq,
+        }
+
+
+def require_store(state: State) -> None:
+    """With the lock held. Raises: StoreUnavailable."""
+    if state.store_error is not None:
+        raise store_unavailable(state.store_error)
+
+
+def store_failed(state: State, error: StoreError) -> StoreUnavailable:
+    """It is remembered until something can be written again."""
+    with state.lock:
+        state.store_error = str(error)
+    log.error("store_unavailable %s", error)
+    return store_unavailable(str(error))
+
+
+def store_unavailable(why: str) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"no lease can be granted: {why}. Live leases go on; make room on that disk or repair it, and grants come back "
+        "by themselves",
+        cause=why,
+    )
 
 
 def ask_busy(state: State, name: str, dialect: Dialect) -> bool | None:

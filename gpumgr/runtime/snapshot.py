@@ -12,7 +12,7 @@ from gpumgr.core.card import GpuReading
 from gpumgr.core.catalog import Consumer, GpuRef
 from gpumgr.core.lease import Lease
 from gpumgr.core.placement import Holding
-from gpumgr.core.queue import Hold, WaitingFor
+from gpumgr.core.queue import Hold, Phase, WaitingFor
 from gpumgr.runtime.broker import Broker
 from gpumgr.runtime.state import State, rfc3339
 from gpumgr.runtime.ticket import Ticket
@@ -30,8 +30,9 @@ def snapshot(broker: Broker) -> dict[str, Any]:
             "now": state.shown(now),
             "mode": broker.settings.scheduling.mode,
             "when_unreadable": broker.settings.gpu.when_unreadable,
+            "store": {"ok": state.store_error is None, "error": state.store_error},
             "gpus": [_gpu(state, ref, promised.get(ref, 0)) for ref in _refs(state)],
-            "consumers": [_consumer(broker, c, holdings) for c in state.catalog.consumers.values()],
+            "consumers": [_consumer(broker, c, holdings) for c in state.catalog.consumers.values() if not c.retired],
             "leases": [_lease(state, lease, now) for lease in state.leases if lease.alive(now)],
             "queue": _queue(state, now),
             "events": list(state.events),
@@ -103,6 +104,8 @@ def _in_use(state: State, consumer: str) -> str | None:
     if state.queue.is_unloading(consumer):
         return "evicting"
     holds = state.queue.holds_of(consumer)
+    if any(hold.phase is Phase.QUARANTINE for hold in holds):
+        return "quarantine"
     if holds:
         return "proxy" if all(_proxied(state, hold) for hold in holds) else "lease"
     return state.computing(consumer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from gpumgr.config import LeaseSettings
 from gpumgr.core.card import GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
-from gpumgr.core.lease import Call, Lease, LeaseBook, RequestKey
+from gpumgr.core.lease import Call, EndReason, Lease, LeaseBook, RequestKey
 from gpumgr.core.placement import (
     Decision,
     Holding,
@@ -34,14 +34,16 @@ from gpumgr.core.placement import (
     promised_mib,
 )
 from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
-from gpumgr.errors import GpumgrError
-from gpumgr.runtime.ports import Clock
+from gpumgr.errors import GpumgrError, RequestEnded
+from gpumgr.runtime.ports import Clock, Kept, KeptLease, Total
 from gpumgr.runtime.refusals import scheduler_timeout
 from gpumgr.runtime.ticket import Ask, Ticket
 
 log = logging.getLogger(__name__)
 
 EVENTS_KEPT = 200
+SLEPT_SECONDS = 1.0
+"""Less than this is the two clocks' own difference."""
 
 
 @dataclass
@@ -66,10 +68,23 @@ class Memory:
     busy_asked: float | None = None
     reports_busy: bool = True
     """False once it has said that it has no such report."""
+    asked: bool = False
+    """Whether it computes, since the start: what an earlier life of the broker began in it may go on."""
+    outlasted: bool = False
+    """It still computed at the end of its quarantine: what it does for a holder of the past is not waited for again."""
     healthy: bool | None = None
     health_error: str | None = None
     checked: float | None = None
     checked_at: datetime | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Quarantine:
+    """A lease that is over while its consumer may still compute for it. ``seq`` is its hold in the queue."""
+
+    lease_id: str
+    consumer: str
+    seq: int
 
 
 class State:
@@ -92,6 +107,19 @@ class State:
         """The watchdog waits here for a sooner expiry."""
         self.queue = Queue(catalog, policy)
         self.leases = LeaseBook()
+        self.quarantines: dict[int, Quarantine] = {}
+        """By hold."""
+        self.store_error: str | None = None
+        """Why nothing can be written down now; no lease is granted meanwhile."""
+        self.restored = False
+        """The leases of earlier lives are known."""
+        self.dirty: set[str] = set()
+        """Consumers whose totals have changed since they were written."""
+        self.on_event: Callable[[dict[str, Any]], None] = lambda _event: None
+        self._configured = catalog
+        self._kept: dict[str, KeptLease] = {}
+        """Consumers that the configuration knows not, or otherwise, by name, with a lease that they still have."""
+        self._slept = clock.slept()
         self.calls: dict[int, Call] = {}
         """Proxied calls that hold their consumer's GPUs, and those that pass under a lease."""
         self.tickets: dict[int, Ticket] = {}
@@ -118,6 +146,99 @@ class State:
     @property
     def catalog(self) -> Catalog:
         return self.queue.catalog
+
+    # -- other lives ----------------------------------------------------------------------------------------
+
+    def restore(self, kept: Kept) -> None:
+        """What an earlier life left: every live lease with its full TTL from now on."""
+        now = self._clock.monotonic()
+        self.restored = True
+        self.leases.start_fence(kept.fence)
+        for each in kept.leases:
+            self._keep_consumer(each)
+        for each in kept.leases:
+            self._restore_lease(each, now)
+        for key, consumer, reason, at in kept.ended:
+            self.leases.remember(key, consumer, reason, at)
+        for name, total in kept.totals.items():
+            if name in self.memory:
+                remembered = self.memory[name]
+                remembered.total_requests += total.requests
+                remembered.evictions += total.evictions
+                remembered.last_used_at = remembered.last_used_at or total.last_used_at
+        self.events.extendleft(reversed(kept.events[-EVENTS_KEPT + len(self.events) :]))
+        for lease in kept.rebooted:
+            facts = {"lease_id": lease.lease_id, "holder": lease.holder, "reason": EndReason.HOST_REBOOT.value}
+            self.note("expire", lease.consumer, **facts)
+        self.changes += 1
+
+    def _keep_consumer(self, kept: KeptLease) -> None:
+        lease = kept.lease
+        known = self.catalog.consumers.get(lease.consumer)
+        names = set() if known is None else set(known.gpus)
+        if known is None or any({ref, uuid}.isdisjoint(names) for ref, uuid in _both(lease)):
+            self._kept[lease.consumer] = kept
+            self.memory.setdefault(lease.consumer, Memory())
+            self._use_catalog()
+
+    def _restore_lease(self, kept: KeptLease, now: float) -> None:
+        lease = kept.lease
+        hold = self.queue.restore(lease.consumer, Phase.QUARANTINE if kept.quarantined else Phase.LIVE)
+        self.memory[lease.consumer].uses += 1
+        self.memory[lease.consumer].used_since_unload = True
+        if kept.quarantined:
+            self.quarantines[hold.seq] = Quarantine(lease.lease_id, lease.consumer, hold.seq)
+            return
+        most = self._lease.max_hold_seconds
+        until = lease.granted_at + most if most else lease.hold_until
+        self.leases.restore(replace(lease, seq=hold.seq, hold_until=until), now)
+
+    def _use_catalog(self) -> None:
+        catalog = self._configured.resolved(self.reading)
+        for kept in self._kept.values():
+            pairs = zip(_both(kept.lease), kept.sizes_mib, strict=True)
+            known = catalog.consumers.get(kept.lease.consumer)
+            names = set() if known is None else set(known.gpus)
+            more = [(ref, mib) for (ref, uuid), mib in pairs if {ref, uuid}.isdisjoint(names)]
+            catalog = catalog.keeping(kept.lease.consumer, tuple(ref for ref, _ in more), tuple(mib for _, mib in more))
+        self.queue.resolve(catalog)
+
+    def leave(self, seq: int, consumer: str) -> None:
+        """A hold is over. A consumer that was only kept for it goes with it."""
+        self.queue.leave(seq)
+        if consumer in self._kept and not self.queue.holds_of(consumer):
+            del self._kept[consumer]
+            if self.catalog.consumers[consumer].retired:
+                del self.memory[consumer]
+            self._use_catalog()
+
+    def note_sleep(self) -> bool:
+        """Whether the machine slept since this was last asked: a TTL counts only time in which a renew can be heard."""
+        before, self._slept = self._slept, self._clock.slept()
+        if self._slept - before < SLEPT_SECONDS:
+            return False
+        self.leases.rearm(self._clock.monotonic())
+        self.ends += 1  # whatever was read of the card before is old
+        self.changes += 1
+        self.expiry.notify()
+        log.warning("the machine slept for %.0f s: every lease has its full TTL again", self._slept - before)
+        return True
+
+    def take_totals(self) -> dict[str, Total]:
+        """Of those that have changed since they were last taken."""
+        names, self.dirty = self.dirty & self.memory.keys(), set()
+        return {
+            name: Total(self.memory[name].total_requests, self.memory[name].evictions, self.memory[name].last_used_at)
+            for name in names
+        }
+
+    def publish(self, lease: Lease) -> Lease:
+        """It is written down: live from now on."""
+        return self.leases.publish(lease, self._clock.monotonic(), self._lease.max_hold_seconds)
+
+    def count_request(self, consumer: str, more: int = 1) -> None:
+        self.memory[consumer].total_requests += more
+        self.dirty.add(consumer)
 
     # -- tickets --------------------------------------------------------------------------------------------
 
@@ -150,6 +271,17 @@ class State:
         facts = {"holder": ticket.holder, "code": error.code, "waited_seconds": self.waited(ticket)}
         self.note("refuse", ticket.consumer.name, **facts)
         log.info("refuse consumer=%s holder=%s code=%s: %s", ticket.consumer.name, ticket.holder, error.code, error)
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Nobody waits for it any more; nothing where it has its answer, or is being written down."""
+        if ticket.outcome is not None or ticket.granting:
+            return
+        self.settle(
+            ticket, RequestEnded("this request was withdrawn; its request_id may be used again", reason="withdrawn")
+        )
+        self.note("withdraw", ticket.consumer.name, holder=ticket.holder, waited_seconds=self.waited(ticket))
+        log.info("withdraw consumer=%s holder=%s", ticket.consumer.name, ticket.holder)
+        self.advance()
 
     def abandon(self, ticket: Ticket) -> None:
         """Its preparation is over without a grant: the turn is free for the next one."""
@@ -334,7 +466,7 @@ class State:
         """The consumers on the target's GPUs whose memory the driver does not tell: they must be asked."""
         names = []
         for consumer in self.catalog.consumers.values():
-            for ref in set(consumer.gpus) & set(target.gpus):
+            for ref in () if consumer.retired else set(consumer.gpus) & set(target.gpus):
                 gpu = reading.gpu(ref)
                 held = None if gpu is None else gpu.held_mib(consumer.name)
                 hidden = gpu is not None and gpu.hides_processes
@@ -349,14 +481,16 @@ class State:
             name
             for name, remembered in self.memory.items()
             if name != target.name
-            and (remembered.tail or remembered.busy)
+            and not self.catalog.consumers[name].retired
+            and (remembered.tail or remembered.busy or not remembered.asked)
             and self.may_ask_busy(name)
             and self.catalog.share_gpu(name, target.name)
         ]
 
     def may_ask_busy(self, consumer: str) -> bool:
         """While somebody holds it, busy is the holder's."""
-        return self.memory[consumer].reports_busy and not self.queue.holds_of(consumer)
+        remembered = self.memory[consumer]
+        return remembered.reports_busy and not remembered.outlasted and not self.queue.holds_of(consumer)
 
     # -- memory of consumers --------------------------------------------------------------------------------
 
@@ -370,8 +504,9 @@ class State:
         self.readable.update({gpu.index: gpu for gpu in reading.gpus if gpu.readable})
         if now != before and (now or not first):
             self._note_problems(now)
-        if self.catalog.unresolved and reading.error is None:
-            self.queue.resolve(self.catalog.resolved(reading))
+        if self._configured.unresolved and reading.error is None:
+            self._configured = self._configured.resolved(reading)
+            self._use_catalog()
         for gpu in reading.gpus:
             for process in gpu.processes:
                 if process.consumer in self.memory:
@@ -399,7 +534,9 @@ class State:
         remembered = self.memory[victim.consumer]
         if victim.reason is None:
             remembered.evictions += 1
+            self.dirty.add(victim.consumer)
             remembered.used_since_unload = False
+            remembered.outlasted = False
             for ref in self.catalog.consumers[victim.consumer].gpus:
                 gpu = reading.gpu(ref)
                 held = None if gpu is None else gpu.held_mib(victim.consumer)
@@ -419,6 +556,7 @@ class State:
         remembered.reports_busy = busy is not None
         if remembered.uses != uses or self.queue.holds_of(consumer):
             return
+        remembered.asked = True
         remembered.busy = bool(busy)
         remembered.busy_error = error
         remembered.tail = remembered.tail and remembered.busy
@@ -443,7 +581,8 @@ class State:
         remembered = self.memory[consumer]
         remembered.uses += 1
         remembered.tail = remembered.reports_busy
-        remembered.busy = False
+        remembered.busy = remembered.outlasted = False
+        self.dirty.add(consumer)
         remembered.last_used = self._clock.monotonic()
         remembered.last_used_at = self._clock.utc()
 
@@ -465,10 +604,15 @@ class State:
         return round(self._clock.monotonic() - lease.granted_at, 3)
 
     def note(self, event: str, consumer: str | None, **facts: Any) -> dict[str, Any]:
-        """Remember an event for status; appending to a deque is atomic."""
-        noted = {"at": rfc3339(self._clock.utc()), "type": event, "consumer": consumer, **facts}
+        """Remember an event for status, and for the store; appending to a deque is atomic."""
+        noted = self.event(event, consumer, **facts)
         self.events.append(noted)
+        self.on_event(noted)
         return noted
+
+    def event(self, event: str, consumer: str | None, **facts: Any) -> dict[str, Any]:
+        """One that is written down with what it tells, and shown after that."""
+        return {"at": rfc3339(self._clock.utc()), "type": event, "consumer": consumer, **facts}
 
     def held_up_by(self, lease: Lease) -> int:
         """How many requests wait for this lease: in the line, or prepared and waiting for its memory."""
@@ -477,6 +621,11 @@ class State:
             return 0
         inside = [self.queue.holds[t.seq] for t in self.inside if overlap(t.consumer.gpus, hold.gpus)]
         return self.queue.held_up_by(hold) + sum(1 + self.queue.behind(waiting) for waiting in inside)
+
+
+def _both(lease: Lease) -> list[tuple[GpuRef, str | None]]:
+    """The two names of each of its GPUs."""
+    return list(zip(lease.gpus, lease.gpu_uuids, strict=True))
 
 
 def rfc3339(at: datetime) -> str:

@@ -7,6 +7,7 @@ Every field is guarded by the broker's one lock.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gpumgr.core.catalog import Consumer
@@ -26,6 +27,20 @@ class Ask:
     wait_seconds: float | None = None
     holder: str | None = None
     request: RequestKey | None = None
+
+
+def _always() -> bool:
+    return True
+
+
+@dataclass(eq=False, slots=True)
+class Caller:
+    """One connection that waits for an answer. ``here`` looks whether it still stands: quick, and called with the lock
+    down. ``gone`` is set by whoever saw it go."""
+
+    here: Callable[[], bool] = _always
+    gone: bool = False
+    ticket: Ticket | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -48,7 +63,9 @@ class Ticket:
     stirred: threading.Condition
     proxied: bool = False
     """A call that ends by itself, not a lease."""
-    callers: int = 0
+    callers: list[Caller] = field(default_factory=list)
+    answered: bool = False
+    """One of its callers was there to take the grant."""
     prepare_limit: float | None = None
     """Monotonic; None while it waits in the line."""
     waiting_for: WaitingFor | None = None

@@ -18,9 +18,10 @@ def create_app(broker: Broker) -> Flask:
     app.url_map.merge_slashes = False  # a path with two slashes is not found; a redirect would repeat a token in it
     server = broker.settings.server
     places = Places(server.threads - server.reserved_threads)
-    app.register_blueprint(leases.routes(broker, places))
+    hang_up = HangUp()
+    app.register_blueprint(leases.routes(broker, places, hang_up))
     app.register_blueprint(status.routes(broker))
-    proxy.register(app, broker, places, HangUp())
+    proxy.register(app, broker, places, hang_up)
     problems.register(app)
     app.extensions["gpumgr"] = broker
     return app

@@ -11,17 +11,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from flask import Request
-from gunicorn.http.errors import ParseException
 
 from gpumgr.core.lease import RequestKey
 from gpumgr.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from gpumgr.runtime.ticket import Ask
+from gpumgr.web.upload import read_within
 
 LARGEST_BODY_BYTES = 64 * 1024
 LONGEST_LABEL = 128
 LARGEST_DROPPED_BYTES = 2**20
-BODY_STALLS_SECONDS = 5.0
-"""A body that stands still would hold a thread for ever, and renew has only the reserved ones."""
+BODY_SECONDS = 5.0
+"""A whole body takes no longer: one that stands still or trickles would hold a thread, and renew has only the reserved
+ones."""
 ACQUIRE_FIELDS = ("kind", "consumer", "ttl_seconds", "wait_seconds", "holder", "request_id")
 RENEW_FIELDS = ("ttl_seconds",)
 
@@ -46,6 +47,17 @@ def acquire_ask(request: Request) -> Ask:
     )
 
 
+def withdrawn_request(request: Request) -> RequestKey:
+    """``DELETE /v1/lease?request_id=…&holder=…``. Raises: InvalidRequest."""
+    unknown = set(request.args) - {"request_id", "holder"}
+    if unknown or any(len(values) > 1 for _, values in request.args.lists()):
+        raise InvalidRequest("give request_id, and holder where the request had one, each once and nothing else")
+    request_id, holder = _label(request.args, "request_id"), _label(request.args, "holder")
+    if not request_id:
+        raise InvalidRequest("request_id is missing: DELETE /v1/lease?request_id=…, or /v1/lease/{token}")
+    return RequestKey(None, holder, request_id)
+
+
 def renew_ttl(request: Request) -> float | None:
     """``ttl_seconds`` of a renew, whose body may be empty. Raises: as ``acquire_ask``."""
     raw = _raw(request)
@@ -63,22 +75,11 @@ def _raw(request: Request) -> bytes:
     announced = request.content_length or 0
     if announced > LARGEST_DROPPED_BYTES:
         raise _too_large()
-    sock = request.environ.get("gunicorn.socket")
-    try:
-        if sock is not None:
-            sock.settimeout(BODY_STALLS_SECONDS)
-        # One that is a little too large is read to its end, else the caller may see a reset instead of the answer.
-        raw = request.stream.read(max(announced, LARGEST_BODY_BYTES + 1))
-    except TimeoutError:
-        raise InvalidRequest(f"no byte of the body came for {BODY_STALLS_SECONDS:g} s") from None
-    except (OSError, ParseException):
-        raise InvalidRequest("the body ended before it was whole, or its chunks cannot be read") from None
-    finally:
-        if sock is not None:
-            sock.settimeout(None)
+    # One that is a little too large is read to its end, else the caller may see a reset instead of the answer.
+    raw = read_within(request, BODY_SECONDS, max(announced, LARGEST_BODY_BYTES + 1))
     if len(raw) > LARGEST_BODY_BYTES:
         raise _too_large()
-    return bytes(raw)
+    return raw
 
 
 def _too_large() -> PayloadTooLarge:

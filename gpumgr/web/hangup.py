@@ -1,5 +1,7 @@
 """Callers that hang up while something is done for them.
 
+Also while they wait for their turn.
+
 Owns: the thread ``hang-up``, which sleeps in epoll until a watched socket's peer closes, half-closes or resets, and
 then calls back. Must not: read, write or close what it watches: with TLS or not, only the descriptor is looked at.
 
@@ -17,10 +19,16 @@ import logging
 import select
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from gpumgr.runtime.broker import Broker
+from gpumgr.runtime.ticket import Caller
 
 log = logging.getLogger(__name__)
+
+VANISHED_SECONDS = 20.0
+"""A waiting caller whose machine says nothing for so long is gone: its kernel is asked each quarter of it."""
 
 
 class Watch:
@@ -71,6 +79,19 @@ class HangUp:
             self._started().register(sock, select.EPOLLRDHUP | select.EPOLLONESHOT)
             watch = self._watches[sock.fileno()] = Watch(self, sock.fileno(), on_gone)
         return watch
+
+    @contextmanager
+    def while_waiting(self, sock: socket.socket | None, broker: Broker) -> Iterator[Caller]:
+        """The caller on this socket, for as long as it waits; without a socket (flask's own server) it never leaves."""
+        if sock is None:
+            yield Caller()
+            return
+        caller = Caller(here=lambda: not _is_gone(sock.fileno()))
+        watch = self.watch(sock, lambda: broker.hang_up(caller), VANISHED_SECONDS)
+        try:
+            yield caller
+        finally:
+            watch.close()
 
     def forget(self, watch: Watch, fd: int) -> None:
         with self._lock:

@@ -7,19 +7,32 @@ from typing import Any
 from flask import Blueprint, Response, jsonify, request
 
 from gpumgr.core.lease import Lease
+from gpumgr.errors import QueueFull
 from gpumgr.runtime.broker import Broker
-from gpumgr.web.body import acquire_ask, renew_ttl
-from gpumgr.web.places import Places
+from gpumgr.web.body import acquire_ask, renew_ttl, withdrawn_request
+from gpumgr.web.hangup import HangUp
+from gpumgr.web.places import Place, Places
+from gpumgr.web.upload import drop_what_came
 
 
-def routes(broker: Broker, places: Places) -> Blueprint:
+def routes(broker: Broker, places: Places, hang_up: HangUp) -> Blueprint:
     blueprint = Blueprint("leases", __name__)
 
     @blueprint.post("/v1/lease")
     def acquire() -> Response:
-        with places.one():  # before the body is read: a slow body holds a thread as well
+        place = taken(places)  # before the body is read: a slow body holds a thread as well
+        try:
             ask = acquire_ask(request)
-            return jsonify(grant(broker, broker.acquire(ask)))
+            with hang_up.while_waiting(request.environ.get("gunicorn.socket"), broker) as caller:
+                lease = broker.acquire(ask, caller)
+            return jsonify(grant(broker, lease))
+        finally:
+            place.give_back()
+
+    @blueprint.delete("/v1/lease")
+    def withdraw() -> Response:
+        ended = broker.withdraw(withdrawn_request(request))
+        return jsonify({"withdrawn": False} if ended is None else {ended: True})
 
     @blueprint.post("/v1/lease/<token>/renew")
     def renew(token: str) -> Response:
@@ -45,6 +58,15 @@ def routes(broker: Broker, places: Places) -> Blueprint:
         return jsonify({"released": False, "reason": "unknown_or_expired"})
 
     return blueprint
+
+
+def taken(places: Places) -> Place:
+    """Raises: QueueFull."""
+    try:
+        return places.take()
+    except QueueFull:
+        drop_what_came(request)
+        raise
 
 
 def grant(broker: Broker, lease: Lease) -> dict[str, Any]:

@@ -7,8 +7,6 @@ gunicorn's pool queues what it has no thread for, unseen, so a renew would wait 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from gpumgr.errors import QueueFull
 
@@ -26,15 +24,6 @@ class Places:
                 places=self.count,
             )
         return Place(self._free)
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """Raises: QueueFull."""
-        place = self.take()
-        try:
-            yield
-        finally:
-            place.give_back()
 
 
 class Place:

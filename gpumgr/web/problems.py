@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 ROUTES = (
     "POST /v1/lease",
+    "DELETE /v1/lease",
     "POST /v1/lease/{token}/renew",
     "GET /v1/lease/{token}",
     "DELETE /v1/lease/{token}",

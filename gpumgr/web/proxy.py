@@ -30,7 +30,7 @@ from gpumgr.core.lease import Call
 from gpumgr.errors import GpumgrError, InvalidRequest, UpstreamTimeout, UpstreamUnreachable
 from gpumgr.runtime.broker import Broker
 from gpumgr.runtime.ports import BackendError
-from gpumgr.runtime.ticket import Ask
+from gpumgr.runtime.ticket import Ask, Caller
 from gpumgr.web import passing
 from gpumgr.web.hangup import HangUp, Watch
 from gpumgr.web.places import Place, Places
@@ -91,19 +91,19 @@ class _Proxy:
         turn = self._turn(kind)
         passage = _Passage(self, exchange, sock, self.places.take())
         try:
-            passage.begin(turn())
+            passage.begin(turn)
             return _Answer(passage, passage.asked(request, target, upload))
         except BaseException:
             passage.close()
             raise
 
-    def _turn(self, kind: str) -> Callable[[], Call]:
+    def _turn(self, kind: str) -> Callable[[Caller], Call]:
         """How to get the GPU; a lease needs no wait. Raises: InvalidRequest."""
         token = request.environ.get("HTTP_X_GPU_LEASE")
         if token is not None:
-            return lambda: self.broker.call_under_lease(token, kind)
+            return lambda _: self.broker.call_under_lease(token, kind)
         ask = Ask(kind=kind, wait_seconds=passing.wait_seconds(request.environ))
-        return lambda: self.broker.call(ask)
+        return lambda caller: self.broker.call(ask, caller)
 
 
 class _Passage:
@@ -123,8 +123,10 @@ class _Passage:
         self._head_sent = False
         self._closed = False
 
-    def begin(self, call: Call) -> None:
-        self._call = call
+    def begin(self, turn: Callable[[Caller], Call]) -> None:
+        """Raises: what the turn raises; RequestEnded where the caller left while it waited."""
+        with self._proxy.hang_up.while_waiting(self._sock, self._proxy.broker) as caller:
+            self._call = turn(caller)
         if self._sock is not None:
             stall_seconds = self._proxy.broker.settings.proxy.stall_timeout_seconds
             self._sock.settimeout(stall_seconds)

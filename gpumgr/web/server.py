@@ -31,6 +31,7 @@ from typing import Any
 from gunicorn.glogging import Logger
 
 from gpumgr import config
+from gpumgr.adapters import store
 from gpumgr.adapters.filelock import FileLock, LockHeldError, make_state_dir
 from gpumgr.runtime.broker import Broker
 
@@ -68,6 +69,7 @@ def settings_or_exit() -> config.Settings:
         return _running()
     if running is None:
         _take_master_lock(settings)
+        _require_usable_store(settings)
         _require_free_port(settings.server.bind)
     _master["settings"] = settings
     return settings
@@ -91,6 +93,14 @@ def _take_master_lock(settings: config.Settings) -> None:
     except OSError as error:
         _exit(f"server.state_dir {state_dir} cannot be used ({error.strerror}): name another with GPUMGR_STATE_DIR")
     _master["lock"] = lock
+
+
+def _require_usable_store(settings: config.Settings) -> None:
+    """Here, as a worker's exit code does not reach the shell."""
+    try:
+        store.examine(settings.server.state_dir / store.FILE)
+    except store.Unusable as error:
+        _exit(str(error))
 
 
 def _require_free_port(bind: str) -> None:

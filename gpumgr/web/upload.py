@@ -9,6 +9,7 @@ wait for its next 64 KiB; here its two readers are asked for what has come (guni
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -21,6 +22,7 @@ from gpumgr.errors import InvalidRequest
 
 PIECE_BYTES = 64 * 1024
 LARGEST_DROPPED_BYTES = 2**20
+DROPPED_SECONDS = 0.05
 
 
 class Upload:
@@ -55,17 +57,52 @@ class Upload:
             raise InvalidRequest("the body ended before it was whole, or its chunks cannot be read") from None
 
     def drop_what_came(self) -> None:
-        """Of a small body that nobody wants, without waiting for the rest: it is mostly there, and a connection that
-        is closed over unread bytes is reset, which may overtake the answer."""
-        if self._broken or self._sock is None:
-            return
-        limit = self._sock.gettimeout()
-        self._sock.settimeout(0)
-        dropped = 0
-        with suppress(OSError, ParseException):
-            while dropped < LARGEST_DROPPED_BYTES and (piece := next(self._arriving, b"")):
-                dropped += len(piece)
-        self._sock.settimeout(limit)
+        if not self._broken:
+            _drop(self._arriving, self._sock)
+
+
+def drop_what_came(request: Request) -> None:
+    """Of a small body that nobody wants: it is mostly there, or follows its head at once, and a connection that is
+    closed over unread bytes is reset, which may overtake the answer."""
+    _drop(_arriving(request), request.environ.get("gunicorn.socket"))
+
+
+def _drop(arriving: Iterator[bytes], sock: socket.socket | None) -> None:
+    if sock is None:
+        return
+    limit, until = sock.gettimeout(), time.monotonic() + DROPPED_SECONDS
+    dropped = 0
+    with suppress(OSError, ParseException):
+        while dropped < LARGEST_DROPPED_BYTES and (left := until - time.monotonic()) > 0:
+            sock.settimeout(left)
+            piece = next(arriving, b"")
+            if not piece:
+                break
+            dropped += len(piece)
+    sock.settimeout(limit)
+
+
+def read_within(request: Request, seconds: float, at_most_bytes: int) -> bytes:
+    """A small body, whole. Raises: InvalidRequest where it has not come to its end, or to the limit, in time."""
+    sock = request.environ.get("gunicorn.socket")
+    until = time.monotonic() + seconds
+    arriving, came = _arriving(request), bytearray()
+    try:
+        while len(came) < at_most_bytes:
+            if sock is not None:
+                sock.settimeout(max(0.001, until - time.monotonic()))
+            piece = next(arriving, b"")
+            if not piece:
+                break
+            came += piece
+    except TimeoutError:
+        raise InvalidRequest(f"the body did not come within {seconds:g} s") from None
+    except (OSError, ParseException):
+        raise InvalidRequest("the body ended before it was whole, or its chunks cannot be read") from None
+    finally:
+        if sock is not None:
+            sock.settimeout(None)
+    return bytes(came)
 
 
 def _arriving(request: Request) -> Iterator[bytes]:

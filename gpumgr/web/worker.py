@@ -1,5 +1,5 @@
-"""gunicorn's gthread worker, without its cost per waiting request, without a wait for bodies nobody wants, and without
-a traceback for callers that stand still.
+"""gunicorn's gthread worker, without its cost per waiting request, without a wait for bodies nobody wants or for
+heads that never end, and without a traceback for callers that stand still.
 
 The cost: gunicorn 23 gthread.py, ``ThreadWorker.run``: after every event the main loop calls
 ``concurrent.futures.wait`` on all requests that have not ended, which locks each of them. With 1 000 waiters that made
@@ -10,6 +10,9 @@ The wait: gunicorn 23 parser.py, ``Parser.__next__``, drops what is left of a bo
 kept-alive connection, in a thread of the pool and without a limit of time. Four clients that announced a body and do
 not send it would hold four threads; so a connection whose body was not read whole is closed after its answer.
 
+The head: gunicorn 23 reads a request's line and headers without a limit of time, in a thread of the pool. Some bytes of
+them, and nothing more, would hold that thread for ever; so they have ten seconds for the whole.
+
 The traceback: a proxied call sets a time limit on its caller's socket; gunicorn 23 gthread.py, ``ThreadWorker.handle``,
 logs everything that breaks an answer as a defect, but a connection that is gone.
 """
@@ -17,11 +20,15 @@ logs everything that breaks an answer as a defect, but a connection that is gone
 from __future__ import annotations
 
 import errno
+import time
 from concurrent.futures import Future
 from typing import Any
 
 from gunicorn.http.body import ChunkedReader, LengthReader
+from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers.gthread import ThreadWorker
+
+HEAD_SECONDS = 10.0
 
 
 class _Copy(set[Future[Any]]):
@@ -36,6 +43,23 @@ def _body_left(conn: Any) -> bool:
     if isinstance(reader, LengthReader):
         return bool(reader.length)
     return isinstance(reader, ChunkedReader) and reader.parser is not None
+
+
+class _Punctual(SocketUnreader):  # type: ignore[misc]  # gunicorn has no types
+    """Reads from the socket until an instant, and no longer. ``until`` None: without a limit of its own."""
+
+    until: float | None = None
+
+    def chunk(self) -> Any:
+        if self.until is None:
+            return super().chunk()
+        try:
+            self.sock.settimeout(max(0.001, self.until - time.monotonic()))
+            return super().chunk()
+        except TimeoutError as error:
+            raise ConnectionResetError(errno.ECONNRESET, "its head did not come in time") from error
+        finally:
+            self.sock.settimeout(None)
 
 
 class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
@@ -54,12 +78,16 @@ class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         """The base class sets its deque; here the pending set takes its place."""
 
     def handle_request(self, req: Any, conn: Any) -> Any:
+        conn.parser.unreader.until = None
         try:
             return super().handle_request(req, conn)
         except TimeoutError as error:
             raise BrokenPipeError(errno.EPIPE, "the caller takes nothing") from error
 
     def handle(self, conn: Any) -> tuple[bool, Any]:
+        if not isinstance(conn.parser.unreader, _Punctual):
+            conn.parser.unreader = _Punctual(conn.sock)
+        conn.parser.unreader.until = time.monotonic() + HEAD_SECONDS
         keepalive, conn = super().handle(conn)
         return keepalive and not _body_left(conn), conn
 

@@ -29,6 +29,7 @@ MUTE = {"talk", "clip"}
 """They have no report of whether they compute: gpumgr takes them for idle."""
 NAMES = sorted(SIZES)
 REPORTING = [name for name in NAMES if name not in MUTE]
+QUARANTINE_SECONDS = 30.0
 WORN_MIB = 768 + 64
 """Held beyond this, a consumer is certainly on the card."""
 
@@ -80,6 +81,8 @@ class Held:
     expires_at: float
     key: RequestKey | None
     fence: int
+    written_ttl: float = 0.0
+    """What a restart gives it."""
     ended: str | None = None
     noticed: bool = False
 

@@ -9,7 +9,7 @@ table, computes expiry and fit from the card itself, and says after each step wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -40,7 +40,7 @@ from gpumgr.errors import (
     SchedulerTimeout,
 )
 from gpumgr.runtime import preparation
-from gpumgr.runtime.ports import BackendError
+from gpumgr.runtime.ports import BackendError, KeptLease, Total
 from gpumgr.runtime.preparation import Step
 from gpumgr.runtime.ticket import Ask
 from tests.core.model import (
@@ -50,6 +50,7 @@ from tests.core.model import (
     MAX_PREPARE,
     MUTE,
     NAMES,
+    QUARANTINE_SECONDS,
     REPORTING,
     SIZES,
     TOTALS,
@@ -88,6 +89,10 @@ class BrokerMachine(RuleBasedStateMachine):
         self.called: list[Called] = []
         self.tails: set[str] = set()
         """Who computes since before the end of the last hold: gpumgr has to know of it."""
+        self.quarantined: dict[str, float] = {}
+        """Who computes for a holder whose lease expired, and until when that is waited for at the most."""
+        self.outlasted: set[str] = set()
+        """Who still did at the end of that: it may be unloaded all the same."""
         self.unasked: set[str] = set()
         """Who loaded for somebody and was not asked to unload since."""
         self.on_its_word: set[tuple[str, int]] = set()
@@ -101,6 +106,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self.coming: tuple[str, str, int] | None = None
         """When, what, and of whom: what happens in the middle of something else."""
         self.stepping: list[Wanted] = []
+        self.observing = False
         self.writing: list[Wanted] = []
         self.out_of_memory: set[int] = set()
         self.wrong: list[str] = []
@@ -113,7 +119,7 @@ class BrokerMachine(RuleBasedStateMachine):
             service.busy = self.asker(service.busy)  # type: ignore[method-assign]
             service.load = self.loader(service)  # type: ignore[method-assign]
         self.read_card, self.world.probe.read = self.world.probe.read, self.read  # type: ignore[method-assign]
-        self.written, self.world.journal.granted = self.world.journal.granted, self.write_down  # type: ignore[method-assign]
+        self.written, self.world.store.granted = self.world.store.granted, self.write_down  # type: ignore[method-assign]
 
     # -- the model's own numbers ----------------------------------------------------------------------------
 
@@ -138,11 +144,12 @@ class BrokerMachine(RuleBasedStateMachine):
     def holding(self) -> list[str]:
         """The consumers of all holds, each as often as it is held."""
         held = [held.name for held in self.leases()] + [c.name for c in self.calls() if c.under is None]
-        return held + [w.name for w in self.preparing()]
+        return held + [w.name for w in self.preparing()] + list(self.quarantined)
 
     def users(self) -> set[str]:
         """Who may load what it has not taken yet: holders, calls, and what goes on after them."""
-        return {held.name for held in self.leases()} | {called.name for called in self.calls()} | self.tails
+        holders = {held.name for held in self.leases()} | {called.name for called in self.calls()}
+        return holders | self.tails | self.quarantined.keys()
 
     def leased_beside(self, name: str) -> bool:
         """Whether a lease shares a GPU with it, also one that is being written down."""
@@ -287,9 +294,12 @@ class BrokerMachine(RuleBasedStateMachine):
             lease, _, _ = self.world.broker.renew(held.token, ttl)
         except LeaseUnknown:
             assert not held.alive(self.now), "a live lease was not renewed"
+            self.notice_expiry()
+            self.follow()
             return
         assert held.alive(self.now), "a dead lease was renewed"
         held.ttl = held.ttl if ttl is None else min(max(ttl, 10.0), 600.0)
+        held.written_ttl = max(held.written_ttl, held.ttl)
         held.expires_at = self.now + held.ttl
         assert abs(lease.expires_at - held.expires_at) < 1e-9
 
@@ -310,6 +320,8 @@ class BrokerMachine(RuleBasedStateMachine):
             self.compute(held.name, goes_on)
             held.ended, held.noticed = "released", True
             self.note_end(held.name)
+        else:
+            self.notice_expiry()
         assert self.world.broker.release(held.token) is alive
         self.follow()
 
@@ -326,6 +338,8 @@ class BrokerMachine(RuleBasedStateMachine):
             call = self.world.broker.call_under_lease(held.token, kind)
         except LeaseUnknown:
             assert not alive, "a live lease opened nothing"
+            self.notice_expiry()
+            self.follow()
         except LeaseMismatch:
             assert alive, "a dead lease was compared"
             assert not right, "a lease did not open its own consumer"
@@ -351,6 +365,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def note_end(self, name: str) -> None:
         """Somebody's use of it has ended: what it computes now is a tail."""
+        self.outlasted.discard(name)
         if self.says_busy(name):
             self.tails.add(name)
 
@@ -457,6 +472,72 @@ class BrokerMachine(RuleBasedStateMachine):
         self.unseen = {gpu for gpu in GPUS if sight in ("driver", gpu)}
         self.let_threads_run(keep_up)
 
+    # -- callers that go, other lives, other boots ----------------------------------------------------------
+
+    @precondition(lambda self: self.world.callers)
+    @rule(pick=PICK, seen=st.booleans(), keep_up=KEEP_UP)
+    def hang_up(self, pick: int, seen: bool, keep_up: bool) -> None:
+        """``seen``: by the thread that watches for it; else only a look just before the grant can tell."""
+        callers = self.world.callers
+        self.world.hang_up(callers[-1 - pick % len(callers)], seen=seen)
+        self.follow()
+        self.let_threads_run(keep_up)
+
+    @rule(reboot=st.sampled_from([False, False, True]), keep_up=KEEP_UP)
+    def restart(self, reboot: bool, keep_up: bool) -> None:
+        """kill -9 of the broker, or of the machine."""
+        for held in self.held:
+            if held.ended is None and reboot:
+                held.ended, held.noticed = "host_reboot", True
+            elif held.ended is None:
+                held.ttl, held.expires_at = held.written_ttl, self.now + held.written_ttl
+        self.wanted.clear()
+        self.called.clear()
+        if reboot:
+            self.quarantined.clear()
+            self.tails.clear()
+            for name, service in self.world.services.items():
+                self.compute(name, False)
+                service.take(0)
+            for game in self.world.games:
+                game.set_used(0)
+            self.unasked.clear()
+        self.outlasted.clear()
+        for name in self.quarantined:
+            self.quarantined[name] = self.now + QUARANTINE_SECONDS
+        self.world.restart(reboot=reboot)
+        self.quarantined = {name: until for name, until in self.quarantined.items() if self.says_busy(name)}
+        self.follow()
+        self.let_threads_run(keep_up)
+
+    @rule(seconds=st.sampled_from([0.5, 30.0, 86400.0]), keep_up=KEEP_UP)
+    def suspend(self, seconds: float, keep_up: bool) -> None:
+        """The machine sleeps: nobody could renew meanwhile."""
+        self.world.sleep(seconds)
+        if seconds > 1.0:
+            for held in self.held:
+                if held.alive(self.now):
+                    held.expires_at = self.now + held.ttl
+        self.notice_expiry()
+        self.world.broker.tick()
+        self.follow()
+        self.let_threads_run(keep_up)
+
+    @precondition(lambda self: self.quarantined)
+    @rule(keep_up=KEEP_UP)
+    def look_at_quarantines(self, keep_up: bool) -> None:
+        self.look_at_them()
+        self.let_threads_run(keep_up)
+
+    def look_at_them(self) -> None:
+        for name, until in list(self.quarantined.items()):
+            if not self.says_busy(name) or self.now >= until:
+                del self.quarantined[name]
+                if self.says_busy(name):
+                    self.outlasted.add(name)
+        self.world.broker.look_at_quarantines()
+        self.follow()
+
     @rule()
     def observe_card(self) -> None:
         self.world.broker.observe_card()
@@ -468,7 +549,9 @@ class BrokerMachine(RuleBasedStateMachine):
         state = self.world.broker.state
         if state.may_ask_busy(name):
             self.coming = ("asked", "use", NAMES.index(name)) if used else self.coming
+            self.observing = True
             preparation.ask_busy(state, name, self.world.services[name])
+            self.observing = False
 
     @rule(dt=st.sampled_from([0.5, 5.0, 10.0, 10.999, 60.0, 120.0]), watchdog_ran=st.booleans(), keep_up=KEEP_UP)
     def tick(self, dt: float, watchdog_ran: bool, keep_up: bool) -> None:
@@ -514,16 +597,17 @@ class BrokerMachine(RuleBasedStateMachine):
     def asker(self, busy: Callable[[], bool | None]) -> Callable[[], bool | None]:
         def asked() -> bool | None:
             said = busy()
-            self.meanwhile("asked")
+            if self.stepping or self.observing:  # not in a quarantine: it asks in the middle of an end
+                self.meanwhile("asked")
             return said
 
         return asked
 
-    def write_down(self, lease: Lease, event: dict[str, Any]) -> None:
-        self.writing.append(self.wanted[lease.seq])
+    def write_down(self, kept: KeptLease, event: dict[str, Any], totals: Mapping[str, Total]) -> None:
+        self.writing.append(self.wanted[kept.lease.seq])
         self.meanwhile("written")
         self.writing.pop()
-        self.written(lease, event)
+        self.written(kept, event, totals)
 
     def meanwhile(self, when: str) -> None:
         if self.coming is None or self.coming[0] != when:
@@ -608,9 +692,10 @@ class BrokerMachine(RuleBasedStateMachine):
         assert wanted.turn_at is not None
         assert granted.consumer == name
         assert isinstance(granted, Call) is wanted.proxied, "a lease for a call"
-        patient = [c for c in wanted.callers if not isinstance(c.answer, SchedulerTimeout)]
+        patient = [c for c in wanted.callers if not isinstance(c.answer, SchedulerTimeout | RequestEnded)]
         assert all(caller.answer is granted for caller in patient), "joined callers with different answers"
         assert any(caller.answer is granted for caller in wanted.callers), "a grant that nobody waits for"
+        assert any(caller.line.here() for caller in wanted.callers), "a grant for callers that have all gone"
         at_once = wanted.turn_at == wanted.callers[0].ticket.entered_at  # wait_seconds: 0 is now or never
         assert wanted.turn_at < wanted.deadline or at_once, "a turn after the deadline"
         assert self.now <= wanted.deadline + MAX_PREPARE, "answered too late"
@@ -652,7 +737,8 @@ class BrokerMachine(RuleBasedStateMachine):
         assert lease.ttl_seconds == wanted.ttl
         assert abs(lease.granted_at - self.now) < 1e-9
         assert abs(lease.expires_at - (self.now + wanted.ttl)) < 1e-9
-        self.held.append(Held(lease.token, name, wanted.ttl, self.now + wanted.ttl, wanted.key, lease.fence))
+        expires_at = self.now + wanted.ttl
+        self.held.append(Held(lease.token, name, wanted.ttl, expires_at, wanted.key, lease.fence, wanted.ttl))
 
     def let_go_ahead(self, wanted: Wanted, call: Call, fits: bool, warned: str | None) -> None:
         """What a lease would have been refused for it is only warned of, beside no lease."""
@@ -689,6 +775,10 @@ class BrokerMachine(RuleBasedStateMachine):
             assert not self.seen(name), "refused for a card that can be read"
             assert not wanted.proxied, "a call was refused for a card that cannot be read"
             assert not self.world.broker.state.believes
+            return
+        if isinstance(error, RequestEnded):
+            waited = [c for c in wanted.callers if c.answer is None or isinstance(c.answer, RequestEnded)]
+            assert not any(caller.line.here() for caller in waited), "withdrawn, and somebody waits"
             return
         if isinstance(error, SchedulerTimeout | PrepareTimeout):
             return
@@ -761,10 +851,15 @@ class BrokerMachine(RuleBasedStateMachine):
                 wanted.over = True
 
     def notice_expiry(self) -> None:
+        """Whoever still computes for one that has expired is in quarantine, if nobody else holds it."""
         for held in self.held:
             if held.ended is None and not held.alive(self.now):
+                alone = self.holding().count(held.name) == 1
                 held.ended, held.noticed = "expired", True
-                self.note_end(held.name)
+                if alone and self.says_busy(held.name):
+                    self.quarantined[held.name] = self.now + QUARANTINE_SECONDS
+                else:
+                    self.note_end(held.name)
 
     def note_unload(self, name: str) -> None:
         """Called on the unload's own thread, where an assertion would be lost."""
@@ -782,8 +877,10 @@ class BrokerMachine(RuleBasedStateMachine):
             self.wrong.append(f"{name} was unloaded in the middle of a call")
         if any(self.wanted[seq].name == name for seq in others):
             self.wrong.append(f"{name} was unloaded while it is prepared")
-        if self.says_busy(name):
+        if self.says_busy(name) and name not in self.outlasted:
             self.wrong.append(f"{name} was unloaded while it computes")
+        if name in self.quarantined:
+            self.wrong.append(f"{name} was unloaded in its quarantine")
 
     @initialize(when_unreadable=st.sampled_from(["refuse", "refuse", "declared"]))
     def empty(self, when_unreadable: str) -> None:
@@ -859,6 +956,8 @@ class BrokerMachine(RuleBasedStateMachine):
         pending = {w.seq for w in self.wanted.values() if not w.over}
         assert set(state.tickets) == pending
         holders = {lease.seq for lease in state.leases} | {c.call.seq for c in self.calls() if c.under is None}
+        holders |= state.quarantines.keys()
+        assert sorted(q.consumer for q in state.quarantines.values()) == sorted(self.quarantined)
         assert set(state.queue.holds) - pending - self.world.preparations.keys() == holders
         assert not any(state.queue.is_unloading(name) for name in NAMES)
 
@@ -876,9 +975,9 @@ class BrokerMachine(RuleBasedStateMachine):
         for _ in range(4 + 2 * len(self.world.broker.state.tickets)):
             for held in self.leases():
                 self.end_lease(held, goes_on=False)
-            self.world.broker.tick()
             self.notice_expiry()
-            self.follow()
+            self.world.broker.tick()
+            self.look_at_them()
             for called in self.calls():
                 self.end_called(called, goes_on=False)
             self.let_threads_run(True)

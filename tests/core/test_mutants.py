@@ -28,7 +28,7 @@ from gpumgr.runtime.ports import Dialect
 from gpumgr.runtime.preparation import Preparation
 from gpumgr.runtime.refusals import scheduler_timeout
 from gpumgr.runtime.state import State
-from gpumgr.runtime.ticket import Ask, Ticket
+from gpumgr.runtime.ticket import Ask, Caller, Ticket
 from tests.core.test_machine import BrokerMachine
 
 HUNT = settings(
@@ -118,7 +118,7 @@ def ghost_waiter(patch: pytest.MonkeyPatch) -> None:
 def lost_wake_up(patch: pytest.MonkeyPatch) -> None:
     """A release lets nobody go."""
 
-    def finish_end(self: Broker, lease: Lease, _event: str) -> None:
+    def finish_end(self: Broker, lease: Lease, _reason: EndReason, **_more: str) -> None:
         with self.state.lock:
             self.state.queue.leave(lease.seq)
             self.state.note_used(lease.consumer)
@@ -259,9 +259,9 @@ def a_call_waits_for_nobody(patch: pytest.MonkeyPatch) -> None:
     """It goes past the line."""
     real = Broker._granted
 
-    def granted(self: Broker, ask: Ask, *, proxied: bool) -> Lease | Call:
+    def granted(self: Broker, ask: Ask, caller: Caller, *, proxied: bool) -> Lease | Call:
         self._lets_pass = proxied
-        return real(self, ask, proxied=proxied)
+        return real(self, ask, caller, proxied=proxied)
 
     patch.setattr(Broker, "_granted", granted)
 
@@ -317,7 +317,7 @@ def a_call_under_a_lease_is_not_in_use(patch: pytest.MonkeyPatch) -> None:
 def a_call_ends_with_its_lease(patch: pytest.MonkeyPatch) -> None:
     real = Broker._begin_end
 
-    def begin_end(self: Broker, lease: Lease, reason: EndReason) -> None:
+    def begin_end(self: Broker, lease: Lease, reason: EndReason = EndReason.RELEASED) -> None:
         real(self, lease, reason)
         calls = self.state.calls
         self.state.calls = {seq: call for seq, call in calls.items() if call.lease_id != lease.lease_id}

@@ -213,6 +213,7 @@ def test_status_has_what_the_api_names(broker: RunningBroker, stage: Stage) -> N
         "now",
         "mode",
         "when_unreadable",
+        "store",
         "gpus",
         "consumers",
         "leases",

@@ -93,7 +93,8 @@ def test_a_port_in_use_prints_one_sentence_and_exits_2(tmp_path: Path, stage: St
 def test_state_dir_is_private(broker: RunningBroker) -> None:
     assert stat.S_IMODE(broker.state_dir.stat().st_mode) == 0o700
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in broker.state_dir.iterdir()}
-    assert modes == {"broker.lock": 0o600, "worker.lock": 0o600}
+    store = {f"gpumgr.db{more}": 0o600 for more in ("", "-wal", "-shm")}
+    assert modes == {"broker.lock": 0o600, "worker.lock": 0o600, **store}
 
 
 def test_a_wrong_configuration_prints_one_sentence_and_exits_2(tmp_path: Path, stage: Stage) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gpumgr.core.lease import Lease, RequestKey
-from gpumgr.errors import ConsumerUnhealthy, EvictionFailed, GpuUnreadable, InsufficientVram, InternalError
+from gpumgr.errors import ConsumerUnhealthy, EvictionFailed, GpuUnreadable, InsufficientVram, StoreUnavailable
+from gpumgr.runtime.ports import StoreError
 from gpumgr.runtime.preparation import Step
 from tests.worlds import HadIt, World, catalog, consumer, request
 
@@ -20,20 +21,25 @@ def test_an_end_that_cannot_be_written_down_still_frees_its_gpu(world: World) ->
     world.grant("far", ttl_seconds=10)
     waiter = world.ask("chat", wait_seconds=60)
     world.pass_time(10)
-    world.journal.fails = OSError("no space left on device")
+    world.store.fails = StoreError("no space left on device")
     assert world.broker.tick() == 2
-    world.journal.fails = None
     world.prepare()
-    assert waiter.lease().consumer == "chat"
-    assert [hold.consumer for hold in world.broker.state.queue.holds.values()] == ["chat"]
+    assert isinstance(waiter.error(), StoreUnavailable)
+    assert world.broker.state.queue.holds == {}
+    world.store.fails = None
+    world.broker.keep_store()
+    assert world.grant("chat").consumer == "chat"
+    assert world.store.open().leases[0].lease.consumer == "chat", "the ends were written with the first success"
 
 
 def test_a_grant_that_cannot_be_written_down_is_none(world: World) -> None:
-    world.journal.fails = OSError("no space left on device")
-    assert isinstance(world.refusal("paint", request=request("r1")), InternalError)
+    world.store.fails = StoreError("no space left on device")
+    assert isinstance(world.refusal("paint", request=request("r1")), StoreUnavailable)
     assert len(world.broker.state.leases) == 0
     assert world.broker.state.queue.holds == {}
-    world.journal.fails = None
+    assert world.broker.state.store_error == "no space left on device"
+    world.store.fails = None
+    world.broker.keep_store()
     assert world.grant("paint", request=request("r1")).fence == 2, "a fence is never used twice"
 
 

@@ -298,6 +298,9 @@ class Backend:
             raise BackendError(self.computes, "no answer")
         return self.computes
 
+    def interrupt(self) -> None:
+        pass
+
     def health(self) -> None:
         return
 

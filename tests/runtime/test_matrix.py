@@ -24,8 +24,8 @@ import yaml
 from gpumgr import config
 from gpumgr.adapters.clock import SystemClock
 from gpumgr.adapters.dialects import dialect_of
-from gpumgr.adapters.journal import NoJournal
 from gpumgr.adapters.simulated import SimulatedProbe
+from gpumgr.adapters.store import NoStore
 from gpumgr.core.lease import Lease
 from gpumgr.errors import EvictionFailed, GpumgrError, SchedulerTimeout
 from gpumgr.runtime.broker import Broker
@@ -123,7 +123,7 @@ def running(directory: Path, limits: dict[str, float]) -> Iterator[tuple[Stage, 
         settings = config.load_file(file)
         ports = {service.port: name for name, service in stage.services.items()}
         dialects = {name: dialect_of(consumer) for name, consumer in settings.consumers.items()}
-        broker = Broker(settings, SimulatedProbe(stage.card.state, ports), dialects, SystemClock(), NoJournal())
+        broker = Broker(settings, SimulatedProbe(stage.card.state, ports), dialects, SystemClock(), NoStore())
         broker.start()
         try:
             yield stage, broker

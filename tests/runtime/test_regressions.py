@@ -485,7 +485,7 @@ def test_an_exception_inside_a_preparation_ends_only_that(where: str, monkeypatc
             world.games[0].set_used(15000)
             monkeypatch.setattr(state, "note", fails_once(state.note, lambda event, *_: event == "refuse"))
         else:
-            monkeypatch.setattr(world.journal, "granted", fails_once(world.journal.granted, lambda *_: True))
+            monkeypatch.setattr(world.store, "granted", fails_once(world.store.granted, lambda *_: True))
         error = Calling(world, "paint", wait_seconds=1).error()
         assert isinstance(error, InsufficientVram if where == "refusal" else InternalError)
         until(lambda: not state.queue.holds)

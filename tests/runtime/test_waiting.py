@@ -23,7 +23,7 @@ from gpumgr.errors import (
 )
 from gpumgr.runtime import broker as broker_module
 from gpumgr.runtime.broker import Broker
-from gpumgr.runtime.ticket import Ticket
+from gpumgr.runtime.ticket import Caller, Ticket
 from tests.waiting import until
 from tests.worlds import Calling, StartedWorld, consumer, request, started
 
@@ -46,10 +46,10 @@ class SpiedCondition(threading.Condition):
 class SpiedBroker(Broker):
     """The real broker; its tickets' callers wait on spied conditions of the same lock."""
 
-    def _await(self, ticket: Ticket, deadline: float) -> Lease | Call:
+    def _await(self, ticket: Ticket, deadline: float, caller: Caller) -> Lease | Call:
         if not isinstance(ticket.woken, SpiedCondition):
             ticket.woken = SpiedCondition(self.state.lock)
-        return super()._await(ticket, deadline)
+        return super()._await(ticket, deadline, caller)
 
 
 def queued(world: StartedWorld, count: int) -> None:
@@ -197,7 +197,7 @@ def test_joined_callers_have_one_request_and_each_its_own_deadline() -> None:
         assert patient.waits
         assert world.waiting() == ["chat"]
         second = Calling(world, "chat", wait_seconds=30, request=key)
-        until(lambda: [ticket.callers for ticket in world.broker.state.tickets.values()] == [2])
+        until(lambda: [len(ticket.callers) for ticket in world.broker.state.tickets.values()] == [2])
         with pytest.raises(RequestMismatch):
             world.lease("paint", request=key)
         world.broker.release(lease.token)
@@ -250,7 +250,7 @@ def test_close_ends_every_thread() -> None:
     before = set(threading.enumerate())
     with started(PAINT, CHAT) as world:
         world.lease("paint")
-        assert len(set(threading.enumerate()) - before) == 4
+        assert len(set(threading.enumerate()) - before) == 5
     assert set(threading.enumerate()) <= before
 
 

@@ -58,6 +58,9 @@ class Http:
     def busy(self) -> bool | None:
         return None if self._settings.busy is None else self._ask(self._settings.busy)
 
+    def interrupt(self) -> None:
+        """There is no such call that all servers know."""
+
     # -- calls ----------------------------------------------------------------------------------------------
 
     def _call(self, call: Call, within_seconds: float) -> Answer:

@@ -1,0 +1,435 @@
+"""What outlives the process: leases, the fence, requests that are over, totals and events, in SQLite.
+
+Owns: the file ``gpumgr.db`` and its tables. Must not: decide what a lease is, or be called with the broker's lock held.
+
+WAL with ``synchronous=FULL``: a commit returns when the disk has it (sqlite.org/pragma.html, read 2026-11). What may
+be lost with the power, and not with the process, is written with ``NORMAL`` by ``keep``. One connection, made in the
+worker: SQLite's must not cross a fork. A call that fails leaves what it could not write in ``_owed``, and every later
+one writes that first, so that the file is true again with the first success.
+
+    meta      fence, boot_id
+    lease     one row for each that was ever granted, while it is live, in quarantine, or younger than a day
+    intent    who is being unloaded for whom
+    total     per consumer
+    event     the last ones, as status shows them
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from gpumgr.core.lease import EndReason, Lease, LeaseBook, RequestKey
+from gpumgr.runtime.ports import Clock, Kept, KeptLease, StoreError, Total
+
+log = logging.getLogger(__name__)
+
+FILE = "gpumgr.db"
+VERSION = 1
+BUSY_SECONDS = 1.0
+"""How long somebody else who writes to the file, such as a backup, is waited for."""
+EVENTS_KEPT = 10_000
+EVENTS_SHOWN = 200
+EVENTS_OWED = 10_000
+LONGEST_FACTS = 4096
+LARGEST_WAL_BYTES = 4 * 2**20
+TRIM_EACH = 500
+"""So many events are written between two looks at whether there are too many."""
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE lease (
+    lease_id TEXT PRIMARY KEY, token TEXT, consumer TEXT NOT NULL, holder TEXT, bearer TEXT, request_id TEXT,
+    gpus TEXT NOT NULL, gpu_uuids TEXT NOT NULL, sizes_mib TEXT NOT NULL, fence INTEGER NOT NULL UNIQUE,
+    ttl_seconds REAL NOT NULL, granted_at TEXT NOT NULL, boot_id TEXT NOT NULL, life TEXT NOT NULL,
+    state TEXT NOT NULL, ended_at TEXT, quarantined INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE INDEX lease_ended ON lease (ended_at);
+CREATE TABLE intent (life TEXT NOT NULL, seq INTEGER NOT NULL, target TEXT NOT NULL, victims TEXT NOT NULL);
+CREATE TABLE total (
+    consumer TEXT PRIMARY KEY, requests INTEGER NOT NULL, evictions INTEGER NOT NULL, last_used_at TEXT
+) WITHOUT ROWID;
+CREATE TABLE event (
+    seq INTEGER PRIMARY KEY, at TEXT NOT NULL, life TEXT NOT NULL, type TEXT NOT NULL, consumer TEXT,
+    facts TEXT NOT NULL
+);
+"""
+
+
+# Two grants on two cards are not written in the order of their fences.
+_RAISE_FENCE = """
+INSERT INTO meta VALUES ('fence', ?) ON CONFLICT (key)
+DO UPDATE SET value = max(CAST(value AS INTEGER), CAST(excluded.value AS INTEGER))
+"""
+
+
+class Unusable(Exception):
+    """The file is not this program's, or a newer one's. The message is one sentence."""
+
+
+def boot_id() -> str:
+    """Changes with each boot of the machine (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def examine(path: Path) -> None:
+    """Whether a broker may start on this file; nothing is written to it. A file that is not there may.
+
+    Raises: Unusable.
+    """
+    if not path.exists():
+        return
+    try:
+        connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", timeout=BUSY_SECONDS, uri=True)
+        try:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            (said,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        finally:
+            connection.close()
+    except sqlite3.OperationalError as error:
+        log.warning("%s cannot be examined (%s)", path, error)
+        return  # a disk that is full or read-only is told by the store, and no reason not to start
+    except sqlite3.DatabaseError as error:
+        raise Unusable(_corrupt(path, str(error))) from None
+    if said != "ok":
+        raise Unusable(_corrupt(path, str(said)))
+    if version > VERSION or (version == 0 and tables):
+        raise Unusable(
+            f"{path} was written by a newer gpumgr (version {version} of its tables, this one knows {VERSION}): start "
+            "that one, or move the file away to begin without its leases; nothing was changed in it"
+        )
+
+
+def _corrupt(path: Path, said: str) -> str:
+    return (
+        f"{path} is damaged ({said}): move it and its -wal and -shm files away to begin without its leases, or bring "
+        "back a copy; nothing was changed in it"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """One statement that must be written, now or later."""
+
+    sql: str
+    values: Sequence[Any]
+
+
+class SqliteStore:
+    """``booted`` tells this boot of the machine. Any thread; calls take turns."""
+
+    def __init__(self, directory: Path, clock: Clock, booted: Callable[[], str] = boot_id) -> None:
+        self.path = directory / FILE
+        self.life = uuid.uuid4().hex
+        self._clock = clock
+        self._booted = booted
+        self._boot = ""
+        self._turn = threading.Lock()
+        self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_OWED)
+        self._owed: list[_Write] = []
+        self._connection: sqlite3.Connection | None = None
+        self._since_trim = 0
+
+    # -- the start ------------------------------------------------------------------------------------------
+
+    def open(self) -> Kept:
+        with self._turn, self._translated():
+            self._boot = self._booted()
+            connection = self._connected()
+            try:
+                kept = self._load(connection)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+            return kept
+
+    def _connected(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        try:
+            self.path.chmod(0o600)  # before the first token is in it; -wal and -shm get the same
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA journal_size_limit = {LARGEST_WAL_BYTES}")
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _load(self, connection: sqlite3.Connection) -> Kept:
+        now, today = self._clock.monotonic(), self._clock.utc()
+        connection.execute("BEGIN IMMEDIATE")
+        rebooted = self._of_another_boot(connection, today)
+        evicting = [name for (names,) in connection.execute("SELECT victims FROM intent") for name in json.loads(names)]
+        connection.execute("DELETE FROM intent")
+        self._forget_old(connection, today)
+        kept = Kept(
+            fence=int(self._meta(connection, "fence") or 0),
+            leases=[
+                self._kept(row, now, today)
+                for row in _rows(connection, "SELECT * FROM lease WHERE state = 'live' OR quarantined ORDER BY fence")
+            ],
+            ended=list(self._ended(connection, now, today)),
+            rebooted=[self._kept(row, now, today).lease for row in rebooted],
+            totals={
+                name: Total(requests, evictions, None if at is None else datetime.fromisoformat(at))
+                for name, requests, evictions, at in connection.execute("SELECT * FROM total")
+            },
+            events=self._shown(connection),
+            evicting=list(dict.fromkeys(evicting)),
+        )
+        connection.execute("COMMIT")
+        return kept
+
+    def _of_another_boot(self, connection: sqlite3.Connection, today: datetime) -> list[sqlite3.Row]:
+        """What held the card then is gone with it."""
+        self._set_meta(connection, "boot_id", self._boot)
+        rows = _rows(connection, "SELECT * FROM lease WHERE state = 'live' AND boot_id != ? ORDER BY fence", self._boot)
+        connection.execute(
+            "UPDATE lease SET state = 'host_reboot', ended_at = ?, token = NULL WHERE state = 'live' AND boot_id != ?",
+            (today.isoformat(), self._boot),
+        )
+        connection.execute("UPDATE lease SET quarantined = 0 WHERE boot_id != ?", (self._boot,))
+        return rows
+
+    @staticmethod
+    def _kept(row: sqlite3.Row, now: float, today: datetime) -> KeptLease:
+        ago = max(0.0, (today - datetime.fromisoformat(row["granted_at"])).total_seconds())
+        lease = Lease(
+            lease_id=row["lease_id"],
+            token=row["token"] or "",
+            consumer=row["consumer"],
+            holder=row["holder"],
+            gpus=tuple(json.loads(row["gpus"])),
+            gpu_uuids=tuple(json.loads(row["gpu_uuids"])),
+            seq=0,
+            fence=row["fence"],
+            granted_at=now - ago,
+            ttl_seconds=row["ttl_seconds"],
+            expires_at=now,
+            request=_request(row),
+            written_ttl_seconds=row["ttl_seconds"],
+        )
+        return KeptLease(lease, tuple(json.loads(row["sizes_mib"])), quarantined=bool(row["quarantined"]))
+
+    @staticmethod
+    def _ended(
+        connection: sqlite3.Connection, now: float, today: datetime
+    ) -> Iterator[tuple[RequestKey, str, EndReason, float]]:
+        ended = "SELECT * FROM lease WHERE ended_at IS NOT NULL AND request_id IS NOT NULL ORDER BY ended_at"
+        for row in _rows(connection, ended):
+            ago = max(0.0, (today - datetime.fromisoformat(row["ended_at"])).total_seconds())
+            request = _request(row)
+            if request is not None:
+                yield request, row["consumer"], EndReason(row["state"]), now - ago
+
+    @staticmethod
+    def _shown(connection: sqlite3.Connection) -> list[dict[str, Any]]:
+        rows = _rows(connection, "SELECT * FROM event ORDER BY seq DESC LIMIT ?", EVENTS_SHOWN)
+        return [
+            {"at": row["at"], "type": row["type"], "consumer": row["consumer"], **json.loads(row["facts"])}
+            for row in reversed(rows)
+        ]
+
+    # -- what is written ------------------------------------------------------------------------------------
+
+    def note(self, event: dict[str, Any]) -> None:
+        self._events.append(event)
+
+    def intend(self, seq: int, target: str, victims: Sequence[str]) -> None:
+        values = (self.life, seq, target, json.dumps(list(victims)))
+        self._write([_Write("INSERT INTO intent VALUES (?, ?, ?, ?)", values)])
+
+    def granted(self, kept: KeptLease, event: dict[str, Any], totals: Mapping[str, Total]) -> None:
+        """Where it fails, nobody is told of the lease: what a disk may have of it all the same is taken out again."""
+        lease, request = kept.lease, kept.lease.request
+        values = (
+            *(lease.lease_id, lease.token, lease.consumer, lease.holder),
+            *((None, None) if request is None else (request.bearer, request.request_id)),
+            *(json.dumps(list(each)) for each in (lease.gpus, lease.gpu_uuids, kept.sizes_mib)),
+            *(lease.fence, lease.ttl_seconds, self._clock.utc().isoformat(), self._boot, self.life, "live", None, 0),
+        )
+        writes = [
+            _Write(_RAISE_FENCE, (str(lease.fence),)),
+            _Write(f"INSERT INTO lease VALUES ({', '.join('?' * len(values))})", values),  # noqa: S608 - question marks
+            _Write("DELETE FROM intent WHERE life = ? AND seq = ?", (self.life, lease.seq)),
+            *_of_totals(totals),
+        ]
+        undo = _Write("DELETE FROM lease WHERE lease_id = ?", (lease.lease_id,))
+        self._write(writes, event, owed=[undo])
+
+    def ended(self, lease: Lease, reason: EndReason, event: dict[str, Any], *, quarantined: bool) -> None:
+        values = (reason.value, self._clock.utc().isoformat(), int(quarantined), lease.lease_id)
+        sql = "UPDATE lease SET state = ?, ended_at = ?, quarantined = ?, token = NULL WHERE lease_id = ?"
+        writes = [_Write(sql, values)]
+        self._write(writes, event, owed=writes)
+
+    def raised(self, lease: Lease) -> None:
+        writes = [_Write("UPDATE lease SET ttl_seconds = ? WHERE lease_id = ?", (lease.ttl_seconds, lease.lease_id))]
+        self._write(writes, owed=writes)
+
+    def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
+        over = [_Write("UPDATE lease SET quarantined = 0 WHERE lease_id = ?", (lease_id,)) for lease_id in idle]
+        self._write([*_of_totals(totals), *over], owed=over, durable=bool(over))
+
+    def try_again(self) -> None:
+        """Writing one row is the only way to know."""
+        self._write([_Write("INSERT OR REPLACE INTO meta VALUES ('tried', ?)", (self._clock.utc().isoformat(),))])
+
+    def close(self) -> None:
+        with self._turn:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _write(
+        self,
+        writes: Sequence[_Write],
+        event: dict[str, Any] | None = None,
+        *,
+        owed: Sequence[_Write] = (),
+        durable: bool = True,
+    ) -> None:
+        """In one transaction: what is owed, the events before this one, and these. ``owed``: what must be written later
+        where this fails."""
+        with self._turn:
+            before = list(self._events)
+            events = before if event is None else [*before, event]
+            try:
+                with self._translated():
+                    self._commit([*self._owed, *writes, *map(self._of_event, events)], durable=durable)
+            except StoreError:
+                self._owed += owed
+                if event is not None and any(write in owed for write in writes):
+                    self._events.append(event)  # it happened, written down or not
+                raise
+            self._owed.clear()
+            for _ in before:
+                self._events.popleft()
+            self._since_trim += len(events)
+
+    def _commit(self, writes: Sequence[_Write], *, durable: bool) -> None:
+        connection = self._connection
+        if connection is None:
+            raise StoreError(f"{self.path} is not open")
+        connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for write in writes:
+                connection.execute(write.sql, write.values)
+            if self._since_trim >= TRIM_EACH:
+                self._trim(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _of_event(self, event: Mapping[str, Any]) -> _Write:
+        facts = {key: value for key, value in event.items() if key not in ("at", "type", "consumer")}
+        text = json.dumps(facts, default=str)
+        if len(text) > LONGEST_FACTS:
+            text = json.dumps({"left_out": f"{len(text)} bytes of facts"})
+        values = (event["at"], self.life, event["type"], event["consumer"], text)
+        return _Write("INSERT INTO event (at, life, type, consumer, facts) VALUES (?, ?, ?, ?, ?)", values)
+
+    def _trim(self, connection: sqlite3.Connection) -> None:
+        self._since_trim = 0
+        connection.execute("DELETE FROM event WHERE seq <= (SELECT max(seq) FROM event) - ?", (EVENTS_KEPT,))
+        self._forget_old(connection, self._clock.utc())
+
+    @staticmethod
+    def _forget_old(connection: sqlite3.Connection, today: datetime) -> None:
+        """As the book of leases does: after a day, and beyond a count."""
+        a_day_ago = today - timedelta(seconds=LeaseBook.ENDED_KEPT_SECONDS)
+        connection.execute("DELETE FROM lease WHERE ended_at < ? AND NOT quarantined", (a_day_ago.isoformat(),))
+        connection.execute(
+            "DELETE FROM lease WHERE ended_at IS NOT NULL AND NOT quarantined AND lease_id NOT IN "
+            "(SELECT lease_id FROM lease WHERE ended_at IS NOT NULL ORDER BY ended_at DESC LIMIT ?)",
+            (LeaseBook.ENDED_KEPT_COUNT,),
+        )
+
+    @staticmethod
+    def _meta(connection: sqlite3.Connection, key: str) -> str | None:
+        row = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    @staticmethod
+    def _set_meta(connection: sqlite3.Connection, key: str, value: str) -> None:
+        connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """SQLite's errors, and the file system's, as StoreError."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(f"{self.path} cannot be written ({error})") from None
+
+
+def _rows(connection: sqlite3.Connection, sql: str, *values: Any) -> list[sqlite3.Row]:
+    cursor = connection.cursor()
+    cursor.row_factory = sqlite3.Row
+    return cursor.execute(sql, values).fetchall()
+
+
+def _request(row: sqlite3.Row) -> RequestKey | None:
+    if row["request_id"] is None:
+        return None
+    return RequestKey(row["bearer"], row["holder"], row["request_id"])
+
+
+def _of_totals(totals: Mapping[str, Total]) -> list[_Write]:
+    return [
+        _Write(
+            "INSERT OR REPLACE INTO total VALUES (?, ?, ?, ?)",
+            (name, total.requests, total.evictions, total.last_used_at and total.last_used_at.isoformat()),
+        )
+        for name, total in totals.items()
+    ]
+
+
+class NoStore:
+    """Keeps nothing: for a broker that is not to outlive its process, as in a bench of the rules."""
+
+    def open(self) -> Kept:
+        return Kept()
+
+    def note(self, event: dict[str, Any]) -> None:
+        pass
+
+    def intend(self, seq: int, target: str, victims: Sequence[str]) -> None:
+        pass
+
+    def granted(self, kept: KeptLease, event: dict[str, Any], totals: Mapping[str, Total]) -> None:
+        pass
+
+    def ended(self, lease: Lease, reason: EndReason, event: dict[str, Any], *, quarantined: bool) -> None:
+        pass
+
+    def raised(self, lease: Lease) -> None:
+        pass
+
+    def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
+        pass
+
+    def try_again(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
