@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import time
 from collections import Counter
@@ -64,6 +65,19 @@ def _card_file(settings: Settings) -> Path:
 
 def _local_ports(settings: Settings) -> dict[str, int]:
     """The listening port of each consumer on this machine: a process that listens there is that consumer's."""
-    here = {"127.0.0.1", socket.gethostname().lower()}
     origins = {name: origin_of(consumer.url) for name, consumer in settings.consumers.items()}
-    return {name: port for name, (_, host, port) in origins.items() if port is not None and host in here}
+    return {name: port for name, (_, host, port) in origins.items() if port is not None and _is_here(host)}
+
+
+def _is_here(host: str) -> bool:
+    """Whether it is an address or a name of this machine. Names are not looked up: that can take long, at a start."""
+    name = socket.gethostname().lower()
+    if host in (name, f"{name.partition('.')[0]}.local"):
+        return True
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+        with socket.socket(family) as sock:
+            sock.bind((host, 0))  # fails where the address is another machine's
+    except (ValueError, OSError):
+        return False
+    return True

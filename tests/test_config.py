@@ -93,6 +93,7 @@ def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
         ({"scheduling.mode": "observe"}, ["scheduling.mode", "evicting, locked, passthrough"]),
         ({"gpu.when_unreadable": "believe"}, ["gpu.when_unreadable", "refuse, declared"]),
         ({"proxy.idle_timeout_seconds": 0}, ["proxy.idle_timeout_seconds", "more than 0"]),
+        ({"proxy.stall_timeout_seconds": 200_000}, ["proxy.stall_timeout_seconds", "at most 86400"]),
         ({"proxy.timeout": 5}, ["proxy.timeout", "not a known key"]),
         ({"routing.video": "nobody"}, ["routing.video", "'nobody'", "comfyui, whisper"]),
         ({"routing.models": "comfyui"}, ["routing.models", "reserved"]),

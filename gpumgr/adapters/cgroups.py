@@ -71,6 +71,7 @@ class Containers:
         self._clock = clock
         self._names: dict[str, str] = {}
         self._ask_again_at: dict[str, float] = {}
+        self._silent_until: dict[str, float] = {}
 
     def name(self, container_id: str) -> str | None:
         """None where no engine knows it, or none may be asked."""
@@ -92,8 +93,13 @@ class Containers:
     def _ask(self, container_id: str) -> str | None:
         problems = []
         for engine in self._engines:
+            if self._clock() < self._silent_until.get(engine, float("-inf")):
+                continue  # it hung a moment ago: one second for each container would add up
             try:
                 return _name_from(engine, container_id)
+            except TimeoutError:
+                self._silent_until[engine] = self._clock() + ASK_AGAIN_SECONDS
+                problems.append(f"{engine}: no answer within {ENGINE_SECONDS:g} s")
             except (OSError, http.client.HTTPException, ValueError) as error:
                 problems.append(f"{engine}: {getattr(error, 'strerror', None) or error}")
         log.warning(

@@ -82,8 +82,7 @@ class Ownership:
     """Answers for any thread. A look costs half a millisecond, and the table of sockets where ports are claimed; an
     answer from memory costs 0.02 ms.
 
-    No lock: the memory is two dicts of values that never change, and two threads that look at one pid at a time find
-    the same.
+    No lock: the memory is values that never change, and two threads that look at one pid at a time find the same.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class Ownership:
         self._containers = Containers(clock=clock) if containers is None else containers
         self._ports = frozenset(claim.port for claim in claims if claim.port is not None)
         self._remembered: dict[int, _Remembered] = {}
-        self._tables: dict[int, _Table] = {}
+        self._table: _Table | None = None
 
     def owner(self, pid: int, name: str) -> str | None:
         """The consumer that this process belongs to, or None: a stranger, or one that cannot be looked at.
@@ -112,8 +111,8 @@ class Ownership:
         1. A pattern matches the driver's name, the system's name, an argument, or the whole command line.
         2. It runs in the unit or the container.
         3. A usual pattern of the dialect matches, in the same way.
-        4. It listens on a claimed port, or its parent does, and so on up; a process that serves often computes in
-           a child. Process 1 is nobody's: with socket activation it listens for everyone.
+        4. It listens on a claimed port of this machine, or its parent does, and so on up; a process that serves often
+           computes in a child. Process 1 is nobody's: with socket activation it listens for everyone.
         """
         started = started_ticks(pid)
         if started is None:
@@ -175,16 +174,15 @@ class Ownership:
         return None
 
     def _listeners(self, pid: int) -> dict[int, int]:
-        """The claimed ports that someone listens on in this process's network namespace, by the socket's inode."""
-        namespace = _network_namespace(pid)
-        known = self._tables.get(namespace)
-        if known is not None and self._clock() < known.read_again_at:
-            return known.ports
-        ports = {inode: port for inode, port in _read_listeners(pid) if port in self._ports}
-        if len(self._tables) >= _REMEMBERED:
-            self._tables.clear()
-        self._tables[namespace] = _Table(ports, self._clock() + TABLE_SECONDS)
-        return ports
+        """The claimed ports that someone listens on, by the socket's inode; none where the process is in another
+        network namespace than we are: a container's port is not the machine's of that number.
+        """
+        if _network_namespace(pid) != _network_namespace(os.getpid()):
+            return {}
+        if self._table is None or self._clock() >= self._table.read_again_at:
+            ports = {inode: port for inode, port in _read_listeners() if port in self._ports}
+            self._table = _Table(ports, self._clock() + TABLE_SECONDS)
+        return self._table.ports
 
     def _remember(self, pid: int, what: _Remembered) -> None:
         if len(self._remembered) >= _REMEMBERED:
@@ -265,13 +263,10 @@ def _network_namespace(pid: int) -> int:
         return 0
 
 
-def _read_listeners(pid: int) -> Iterator[tuple[int, int]]:
-    """Inode and port of every listening TCP socket in the process's network namespace (proc_pid_net(5)).
-
-    Not psutil: it reads the table of our own namespace, and so misses a server in a container.
-    """
+def _read_listeners() -> Iterator[tuple[int, int]]:
+    """Inode and port of every listening TCP socket in our network namespace (proc_pid_net(5))."""
     for table in ("tcp", "tcp6"):
-        with suppress(OSError), open(f"/proc/{pid}/net/{table}", "rb") as file:
+        with suppress(OSError), open(f"/proc/self/net/{table}", "rb") as file:
             next(file, None)
             for line in file:
                 fields = line.split()

@@ -167,10 +167,11 @@ def _scheduling(section: Section) -> SchedulingSettings:
 
 def _proxy(section: Section) -> ProxySettings:
     default = ProxySettings()
+    a_day = check.seconds_of_a_day
     settings = ProxySettings(
-        connect_timeout_seconds=section.take("connect_timeout_seconds", check.seconds, default.connect_timeout_seconds),
-        idle_timeout_seconds=section.take("idle_timeout_seconds", check.seconds, default.idle_timeout_seconds),
-        stall_timeout_seconds=section.take("stall_timeout_seconds", check.seconds, default.stall_timeout_seconds),
+        connect_timeout_seconds=section.take("connect_timeout_seconds", a_day, default.connect_timeout_seconds),
+        idle_timeout_seconds=section.take("idle_timeout_seconds", a_day, default.idle_timeout_seconds),
+        stall_timeout_seconds=section.take("stall_timeout_seconds", a_day, default.stall_timeout_seconds),
     )
     section.done()
     return settings

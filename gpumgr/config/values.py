@@ -27,6 +27,9 @@ LARGEST_NUMBER = 1e12
 """Larger seconds or limits are a slip, and infinity and NaN are none."""
 
 
+DAY_SECONDS = 86_400
+
+
 class StrictLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys; here the second one is an error."""
 
@@ -125,6 +128,14 @@ def seconds(where: str, value: Any) -> float:
     wanted = number(where, value)
     if wanted <= 0:
         raise ConfigError(f"{where} must be more than 0 seconds, not {shown(value)}")
+    return wanted
+
+
+def seconds_of_a_day(where: str, value: Any) -> float:
+    """What the kernel takes as a limit of a socket."""
+    wanted = seconds(where, value)
+    if wanted > DAY_SECONDS:
+        raise ConfigError(f"{where} must be at most {DAY_SECONDS} seconds, a day, not {shown(value)}")
     return wanted
 
 

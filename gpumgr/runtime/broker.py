@@ -423,7 +423,7 @@ class Broker:
         with self.state.lock:
             if self.state.calls.pop(call.seq, None) is None:
                 return
-            self.state.note_used(call.consumer)
+            self.state.note_used(call.consumer, granted=call.lease_id is None)
             look = self.state.memory[call.consumer].tail
             self.state.leave(call.seq, call.consumer)
             self.state.advance()

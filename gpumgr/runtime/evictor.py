@@ -91,6 +91,16 @@ class _Unload:
     def held_mib(self) -> int:
         return sum(holding.held_mib for holding in self._needed())
 
+    @property
+    def nothing_to_ask(self) -> bool:
+        """Nothing is known that it holds, and there is no call that would take it away: what stays is the card's to
+        tell."""
+        return not self.dialect.can_unload and not self.held_mib
+
+    @property
+    def refused(self) -> bool:
+        return self.error is not None and self.error.refused
+
     def _needed(self) -> list[Holding]:
         return [self.before[gpu] for gpu in self.gpus]
 
@@ -178,8 +188,9 @@ class Evictor:
     def _together(self, unloads: Sequence[_Unload], waiting: list[str]) -> list[Victim]:
         for unload in unloads:
             waiting.remove(unload.consumer.name)  # from here on its unload sees to it
-            self._ask(unload, unload.started_at)
         try:
+            for unload in unloads:
+                self._ask(unload, unload.started_at)
             self._watch(unloads)
             return [self._verdict(unload) for unload in unloads]
         finally:
@@ -198,9 +209,12 @@ class Evictor:
             return
         unload.asked_at = now
         unload.calling = True
-        threading.Thread(
-            target=self._call, args=(unload, unload.limit - now), name=f"unload-{unload.consumer.name}", daemon=True
-        ).start()
+        name = f"unload-{unload.consumer.name}"
+        try:
+            threading.Thread(target=self._call, args=(unload, unload.limit - now), name=name, daemon=True).start()
+        except RuntimeError as error:  # no thread to be had: tried again like any call that failed
+            unload.calling = False
+            unload.error = BackendError("failed", f"its unload could not be called: {error}")
 
     def _call(self, unload: _Unload, within_seconds: float) -> None:
         try:
@@ -259,7 +273,7 @@ class Evictor:
         if not given_back(unload.consumer, unload.before, held, risen):
             return False
         if not unload.exact and not unload.held_mib and not unload.growing:
-            return unload.answered or (unload.error is not None and unload.error.refused)
+            return unload.nothing_to_ask or unload.answered or unload.refused
         if not unload.shows:
             rests = now - unload.still_since >= SETTLE_SECONDS and not unload.growing
             return (unload.answered and rests) or now >= unload.limit
@@ -270,8 +284,8 @@ class Evictor:
 
     def _said_gone(self, unload: _Unload, unseen: Sequence[GpuRef], now: float) -> bool:
         """Without a card to look at: its call was answered, and its report, if any, says that nothing is loaded."""
-        refused = unload.error is not None and unload.error.refused
-        if unload.proved and (refused or (unload.answered and self._says_nothing_is_loaded(unload, now))):
+        gone = unload.nothing_to_ask or unload.refused
+        if unload.proved and (gone or (unload.answered and self._says_nothing_is_loaded(unload, now))):
             unload.still |= dict.fromkeys(unseen, 0)
             unload.proved = False
         return not unload.proved

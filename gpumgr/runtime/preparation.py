@@ -357,6 +357,8 @@ class Preparation:
             self._state.advance()
 
     def _tell(self, victim: Victim) -> None:
+        if not victim.asked and victim.reason is None:
+            return  # nobody knew that it held anything, and it does not
         facts = dataclasses.asdict(victim)
         consumer, reason, _ = facts.pop("consumer"), facts.pop("reason"), facts.pop("asked")
         if facts.pop("proved") is False and reason is None:
@@ -398,9 +400,12 @@ class Preparation:
 
     def _undo_load(self) -> None:
         """Its load was asked for and nobody gets it: the server may still be loading. The promise stands until the
-        card shows it gone; where that cannot be had, the next preparation meets it as a resident."""
+        card shows it gone; where that cannot be had, or somebody else uses it, the next preparation meets it as a
+        resident."""
         reading = self._world.probe.read()
         with self._state.lock:
+            if not self._state.may_undo_load(self._ticket):
+                return
             self._ticket.step = f"unloading {self._target.name} again"
             self._state.queue.take_out(self._target.name)
         self._unload([self._target.name], reading, {}, growing=True)

@@ -487,6 +487,12 @@ class State:
             and self.catalog.share_gpu(name, target.name)
         ]
 
+    def may_undo_load(self, ticket: Ticket) -> bool:
+        """Whether its target may be unloaded because this ticket did not get it: nobody else uses it."""
+        name = ticket.consumer.name
+        others = [hold for hold in self.queue.holds_of(name) if hold.seq != ticket.seq]
+        return self._may_unload and not others and all(call.consumer != name for call in self.calls.values())
+
     def may_ask_busy(self, consumer: str) -> bool:
         """While somebody holds it, busy is the holder's."""
         remembered = self.memory[consumer]
@@ -533,7 +539,7 @@ class State:
     def note_victim(self, victim: Victim, reading: Reading) -> None:
         remembered = self.memory[victim.consumer]
         if victim.reason is None:
-            remembered.evictions += 1
+            remembered.evictions += victim.asked
             self.dirty.add(victim.consumer)
             remembered.used_since_unload = False
             remembered.outlasted = False
@@ -575,13 +581,15 @@ class State:
         self.ends += 1
         self.memory[consumer].used_since_unload = True
 
-    def note_used(self, consumer: str) -> None:
-        """A grant of it has ended: it may have left memory behind."""
+    def note_used(self, consumer: str, *, granted: bool = True) -> None:
+        """A use of it has ended: it may have left memory behind. ``granted``: and not one under somebody's lease."""
         self.note_loading(consumer)
         remembered = self.memory[consumer]
         remembered.uses += 1
         remembered.tail = remembered.reports_busy
         remembered.busy = remembered.outlasted = False
+        if not granted:
+            return
         self.dirty.add(consumer)
         remembered.last_used = self._clock.monotonic()
         remembered.last_used_at = self._clock.utc()

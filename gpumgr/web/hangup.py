@@ -102,8 +102,9 @@ class HangUp:
 
     def _started(self) -> select.epoll:
         if self._epoll is None:
-            self._epoll = select.epoll()
-            threading.Thread(target=self._run, args=(self._epoll,), name="hang-up", daemon=True).start()
+            epoll = select.epoll()
+            threading.Thread(target=self._run, args=(epoll,), name="hang-up", daemon=True).start()
+            self._epoll = epoll  # after the start: without its thread nobody would see anybody go
         return self._epoll
 
     def _run(self, epoll: select.epoll) -> None:

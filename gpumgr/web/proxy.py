@@ -149,7 +149,7 @@ class _Passage:
             raise InvalidRequest(f"this cannot be passed on: {error}") from None
         except BackendError as error:
             raise self._failed(error) from None
-        if head.status < 500:
+        if head.status < 400:
             self._proxy.broker.note_call(self._exchange.upstream.consumer, None)
         if self._exchange.is_over():
             self._end()

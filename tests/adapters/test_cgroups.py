@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -129,6 +130,20 @@ def test_an_engine_that_does_not_know_is_left_alone_for_a_while(engine: Engine, 
     now[0] += ASK_AGAIN_SECONDS * 0.1
     assert containers.name(ID) == "comfyui"
     assert len(engine.asked) == 2
+
+
+def test_an_engine_that_hangs_is_asked_once_for_all_containers(tmp_path: Path) -> None:
+    path = str(tmp_path / "hangs.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        containers = Containers([path])
+        assert [containers.name(f"{number:064x}") for number in range(3)] == [None] * 3
+        listener.settimeout(5)
+        listener.accept()[0].close()
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
 
 
 def test_without_any_engine_a_name_is_not_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

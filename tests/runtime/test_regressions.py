@@ -493,3 +493,62 @@ def test_an_exception_inside_a_preparation_ends_only_that(where: str, monkeypatc
         world.games[0].set_used(0)
         for name in ("paint", "chat"):
             world.broker.release(world.lease(name, wait_seconds=2).token)
+
+
+def test_a_tail_that_is_not_on_the_card_yet_holds_up_whom_it_excludes() -> None:
+    # ComfyUI answers a prompt at once and reads its model for seconds: a lease of speech was granted beside that.
+    world = World(catalog(consumer("paint", 14000), consumer("talk", 3000)))
+    world.services["paint"].computing = True
+    call = world.call("paint")
+    world.prepare()
+    world.broker.end_call(call.call())
+    talk = world.ask("talk", wait_seconds=60)
+    world.prepare()
+    assert talk.waits
+    assert talk.ticket.waiting_for is WaitingFor.DRAINING
+    world.services["paint"].computing = False
+    world.prepare()
+    assert talk.lease().consumer == "talk"
+
+
+@pytest.mark.parametrize("mode", ["evicting", "locked"])
+def test_a_load_that_fails_unloads_nobody_under_another_lease(mode: str) -> None:
+    world = World(catalog(consumer("both", 4000, at_once=2)), loads=["both"], mode=mode)
+    world.grant("both", loaded=True)
+    world.services["both"].take(0)  # it went away by itself, so that the next one must load again
+
+    def fails() -> None:
+        raise BackendError("failed", "500")
+
+    world.services["both"].load = fails  # type: ignore[method-assign]
+    assert isinstance(world.refusal("both"), ConsumerUnhealthy)
+    assert world.services["both"].asked_to_unload == 0
+
+
+def test_one_that_was_never_used_and_cannot_be_asked_blocks_nobody() -> None:
+    world = World(catalog(consumer("mute", 4000), consumer("paint", 14000)), when_unreadable="declared")
+    world.services["mute"].can_unload = False
+    world.card.unreadable = "the driver is gone"
+    assert world.grant("paint").consumer == "paint"
+    assert world.broker.state.memory["mute"].evictions == 0
+
+
+def test_a_victim_for_whose_call_there_is_no_thread_comes_back_into_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(catalog(consumer("chat", 9000), consumer("paint", 14000)))
+    world.services["chat"].take()
+
+    def no_more(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        assert isinstance(world.refusal("paint"), EvictionFailed)
+    assert not world.broker.state.queue.is_unloading("chat")
+    assert world.grant("paint").consumer == "paint"
+
+
+def test_a_call_under_a_lease_is_not_the_end_of_a_grant() -> None:
+    world = World(catalog(consumer("chat", 9000), chat="chat"))
+    lease = world.grant("chat")
+    world.broker.end_call(world.broker.call_under_lease(lease.token, "chat"))
+    assert world.broker.state.memory["chat"].last_used_at is None
