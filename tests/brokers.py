@@ -72,6 +72,13 @@ class RunningBroker:
         except requests.ConnectionError:
             return False
 
+    def serving_again(self) -> bool:
+        """As ``serving``, where nobody may be there for a moment."""
+        try:
+            return requests.get(f"{self.url}/readyz", timeout=2).ok
+        except (requests.ConnectionError, requests.Timeout):
+            return False
+
     def log(self) -> str:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 

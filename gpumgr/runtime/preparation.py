@@ -42,6 +42,7 @@ from gpumgr.runtime.ticket import Ticket
 log = logging.getLogger(__name__)
 
 HEALTH_COUNTS_SECONDS = 5.0
+WRITING = "writing the grant down"
 LOOK_AGAIN_SECONDS = 0.5
 """How often a card is read for a ticket that waits for memory nobody announces, and busy consumers are asked."""
 
@@ -197,6 +198,7 @@ class Preparation:
             self._loaded = self._loaded or all(on_card)
             if not self._must_load():
                 self._ticket.granting = True
+                self._ticket.step = WRITING
                 state.queue.holds[self._ticket.seq].phase = Phase.GRANTING
                 self._warn(decision, reading)
 
