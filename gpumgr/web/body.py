@@ -16,6 +16,7 @@ from gunicorn.http.errors import ParseException
 from gpumgr.core.lease import RequestKey
 from gpumgr.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from gpumgr.runtime.ticket import Ask
+from gpumgr.web.access import bearer_of
 
 LARGEST_BODY_BYTES = 64 * 1024
 LONGEST_LABEL = 128
@@ -42,7 +43,7 @@ def acquire_ask(request: Request) -> Ask:
         ttl_seconds=_seconds(fields, "ttl_seconds", least_exclusive=True),
         wait_seconds=_seconds(fields, "wait_seconds", least_exclusive=False),
         holder=holder,
-        request=RequestKey(None, holder, request_id) if request_id is not None else None,
+        request=RequestKey(bearer_of(request.environ).name, holder, request_id) if request_id is not None else None,
     )
 
 
@@ -52,6 +53,14 @@ def renew_ttl(request: Request) -> float | None:
     if not raw.strip():
         return None
     return _seconds(_parsed(request, raw, RENEW_FIELDS), "ttl_seconds", least_exclusive=True)
+
+
+def reason(request: Request) -> str | None:
+    """Why a lease is revoked, as the query has it. Raises: InvalidRequest."""
+    for name in request.args:
+        if name != "reason":
+            raise InvalidRequest(f"unknown query parameter {name[:64]!r}; allowed is reason", field=name[:64])
+    return _label(request.args, "reason")
 
 
 def _object(request: Request, allowed: tuple[str, ...]) -> Mapping[str, Any]:
