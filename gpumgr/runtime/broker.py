@@ -323,6 +323,13 @@ class Broker:
         self._finish_end(lease, "release")
         return True
 
+    def revoke(self, lease_id: str, by: str | None, reason: str | None) -> None:
+        """End somebody's lease by its public name; the event tells who did, and why. Raises: LeaseUnknown."""
+        with self.state.lock:
+            lease = self.state.leases.named(lease_id, self.clock.monotonic())
+            self._begin_end(lease, EndReason.REVOKED)
+        self._finish_end(lease, "revoke", by=by, reason=reason)
+
     def tick(self) -> int:
         """End every lease whose time is over; how many there were. Called by the watchdog, and by whoever asks
         for a turn, so that a late watchdog delays nobody."""
@@ -342,12 +349,13 @@ class Broker:
         self.state.leases.end(lease, reason, self.clock.monotonic())
         self.state.queue.holds[lease.seq].phase = Phase.ENDING
 
-    def _finish_end(self, lease: Lease, event: str) -> None:
+    def _finish_end(self, lease: Lease, event: str, **more: str | None) -> None:
         facts = {
             "lease_id": lease.lease_id,
             "holder": lease.holder,
             "fence": lease.fence,
             "held_seconds": self.state.held(lease),
+            **more,
         }
         try:
             self.journal.ended(lease, self.state.note(event, lease.consumer, **facts))

@@ -8,7 +8,8 @@ from flask import Blueprint, Response, jsonify, request
 
 from gpumgr.core.lease import Lease
 from gpumgr.runtime.broker import Broker
-from gpumgr.web.body import acquire_ask, renew_ttl
+from gpumgr.web.access import bearer_of
+from gpumgr.web.body import acquire_ask, reason, renew_ttl
 from gpumgr.web.places import Places
 
 
@@ -43,6 +44,11 @@ def routes(broker: Broker, places: Places) -> Blueprint:
         if broker.release(token):
             return jsonify({"released": True})
         return jsonify({"released": False, "reason": "unknown_or_expired"})
+
+    @blueprint.delete("/v1/leases/<lease_id>")
+    def revoke(lease_id: str) -> Response:
+        broker.revoke(lease_id, bearer_of(request.environ).name, reason(request))
+        return jsonify({"revoked": True})
 
     return blueprint
 
