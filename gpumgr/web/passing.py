@@ -51,6 +51,8 @@ def target(environ: Environ, kind: str, upstream: Upstream) -> str:
     prefix, slash, rest = _behind_kind(path, kind)
     if not prefix:
         raise NotFound("the path must begin with /v1/KIND, its slashes written as slashes")
+    if upstream.prefix and _leaves(rest):
+        raise InvalidRequest(f"the path leaves {upstream.prefix} of {upstream.consumer}'s url with its '..' segments")
     if slash:
         return f"{upstream.prefix}/{rest}{mark}{query}"
     if upstream.proxy_path is None:
@@ -60,6 +62,17 @@ def target(environ: Environ, kind: str, upstream: Upstream) -> str:
         )
     joint = "&" if mark and "?" in upstream.proxy_path else mark
     return f"{upstream.prefix}{upstream.proxy_path}{joint}{query}"
+
+
+def _leaves(rest: str) -> bool:
+    """Whether some server would read it as a path above where it starts: the url's own path says what callers may have
+    of a server that serves more."""
+    depth = 0
+    for segment in re.split(rb"[/\\]", unquote_to_bytes(rest)):
+        depth += -1 if segment.partition(b";")[0] == b".." else segment not in (b"", b".")
+        if depth < 0:
+            return True
+    return False
 
 
 def _raw(environ: Environ) -> str:
