@@ -19,7 +19,6 @@ import ipaddress
 import re
 import socket
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +26,8 @@ from flask import Flask, Response, request
 
 from gpumgr.config import ServerSettings, Token
 from gpumgr.config.access import DEFAULT_PORTS, HOST, origin
-from gpumgr.errors import Forbidden, GpumgrError, HostNotAllowed, InvalidRequest, Unauthorized
+from gpumgr.errors import Forbidden, GpumgrError, HostNotAllowed, Unauthorized
 from gpumgr.web.problems import respond
-from gpumgr.web.upload import Upload
 
 BEARER = "gpumgr.bearer"
 """Where a request's environment holds its Bearer."""
@@ -83,8 +81,6 @@ def register(app: Flask, server: ServerSettings) -> None:
 
 
 def _refusal(error: GpumgrError) -> Response:
-    with suppress(InvalidRequest):
-        Upload(request, request.environ.get("gunicorn.socket")).drop_what_came()
     response = respond(error)
     if isinstance(error, Unauthorized):
         for challenge in CHALLENGES[: 2 if _may_be_basic(request.environ, request.endpoint) else 1]:
