@@ -97,13 +97,15 @@ def _behind_kind(path: str, kind: str) -> tuple[str, str, str]:
 def request_headers(environ: Environ, upstream: Upstream, length: str | None) -> list[Header]:
     """gunicorn has joined headers of the same name, and forgotten how their names were written.
 
-    Those of the configuration replace the caller's: whoever may call need not know the consumer's key.
+    Those of the configuration replace the caller's: whoever may call need not know the consumer's key. An answer to
+    TRACE would tell it (RFC 9110 section 9.3.8).
     """
-    replaced = {name.lower() for name, _ in upstream.headers}
+    own = () if environ["REQUEST_METHOD"] == "TRACE" else upstream.headers
+    replaced = {name.lower() for name, _ in own}
     unwanted = HOP_BY_HOP | OURS | upstream.strips | replaced | _listed(environ.get("HTTP_CONNECTION", ""))
     named = ((key[5:].replace("_", "-").title(), value) for key, value in environ.items() if key.startswith("HTTP_"))
     headers = [(name, value) for name, value in named if name.lower() not in unwanted]
-    headers += upstream.headers
+    headers += own
     if environ.get("CONTENT_TYPE") and "content-type" not in replaced:
         headers.append(("Content-Type", environ["CONTENT_TYPE"]))
     if length is not None:

@@ -59,7 +59,7 @@ def settings_or_exit() -> config.Settings:
     must not end a running broker.
     """
     try:
-        settings = config.load(tokens=_environment_tokens())
+        settings = config.load(tokens=environment_tokens_taken())
     except config.ConfigError as error:
         if "settings" not in _master:
             _exit(str(error))
@@ -76,7 +76,7 @@ def settings_or_exit() -> config.Settings:
     return settings
 
 
-def _environment_tokens() -> tuple[config.Token, ...]:
+def environment_tokens_taken() -> tuple[config.Token, ...]:
     """Taken out of the environment, so that no child and no later look at it finds the secrets; what a SIGHUP finds is
     what the start has found, hashed."""
     written = os.environ.pop(TOKENS_VARIABLE, None)

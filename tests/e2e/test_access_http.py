@@ -291,6 +291,13 @@ def test_a_consumers_key_goes_with_a_proxied_call(guarded: Guarded, open_one: Gu
     assert ("x-other", "1") in said
 
 
+def test_a_consumers_key_is_not_told_by_a_trace(guarded: Guarded) -> None:
+    guarded.keyed.script = lambda visit: visit.say(whole(visit.head))
+    said = guarded.ask("TRACE", "/v1/keyed/x", USE)
+    assert said.text.startswith("TRACE /x HTTP/1.1")
+    assert not [secret for secret in SECRETS if secret in said.text]
+
+
 def test_a_consumers_key_goes_with_our_own_calls_and_is_shown_nowhere(guarded: Guarded) -> None:
     guarded.keyed.script = answers(whole(f"no such key: {KEY}".encode(), status="403 Forbidden"))
     answer = guarded.ask("POST", "/v1/lease", USE, json={"kind": "keyed"})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from typing import Any
 
 import pytest
 
 from gpumgr.config import ServerSettings, Token
 from gpumgr.errors import Forbidden, HostNotAllowed, Unauthorized
+from gpumgr.web import server
 from gpumgr.web.access import Access, Bearer, match, own_names
 
 SECRET = "correct-horse-battery"  # noqa: S105 - it stands for one
@@ -256,6 +258,14 @@ def test_a_password_opens_nothing_else() -> None:
     for method, endpoint in (("POST", STATUS), ("GET", PROXY), ("POST", LEASE), ("GET", None)):
         with pytest.raises(Unauthorized):
             asking().admitted(environ(method, authorization=basic(ROOT_SECRET)), endpoint)
+
+
+def test_the_environments_tokens_are_taken_out_of_it_and_kept_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_master", {})
+    monkeypatch.setenv("GPUMGR_TOKENS", f"imagen:use:{SECRET}")
+    for _ in ("the start", "a SIGHUP"):
+        assert server.environment_tokens_taken() == TOKENS[:1]
+        assert "GPUMGR_TOKENS" not in os.environ
 
 
 def test_every_digest_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
