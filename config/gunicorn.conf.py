@@ -35,6 +35,8 @@ graceful_timeout = 10
 keepalive = 75
 # A worker that ends after N requests would end every lease with it.
 max_requests = 0
+# By default gunicorn believes callers on loopback that say in headers SCRIPT_NAME and PATH_INFO what their path is.
+forwarder_headers = ""
 # Threads started at import would live in the master, not in the worker.
 preload_app = False
 # The heartbeat file on a disk could block the main loop when the disk does.
@@ -47,6 +49,8 @@ accesslog = None
 def when_ready(arbiter):  # type: ignore[no-untyped-def]
     """A second worker would grant the GPU twice: neither `--workers 2` nor a signal brings one."""
     server.ignore_worker_count_signals()
+    server.forget_secrets(arbiter)
+    server.require_private_listeners(arbiter)
     systemd.tell_signals()
     if arbiter.cfg.workers != 1:
         arbiter.log.error("gpumgr needs exactly one worker, not %s: remove --workers", arbiter.cfg.workers)

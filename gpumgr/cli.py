@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def check_config(file: Path) -> int:
     from gpumgr import config  # the base install has no YAML
 
     try:
-        settings = config.load_file(file)
+        settings = config.load_file(file, os.environ)
     except config.ConfigError as error:
         print(error, file=sys.stderr)
         return 2

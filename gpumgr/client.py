@@ -15,6 +15,7 @@ is running.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
@@ -27,6 +28,7 @@ import requests
 from gpumgr.errors import GpumgrError, LeaseUnknown, from_wire
 
 DEFAULT_URL = "http://127.0.0.1:8770"
+TOKEN_VARIABLE = "GPUMGR_TOKEN"  # noqa: S105 - where it is, not what
 CALL_SECONDS = 10.0
 LONGEST_ANSWER_SECONDS = 1500.0
 RETRY_SECONDS = 1.0
@@ -144,12 +146,18 @@ class HeldLease:
 
 
 class Gpu:
-    """A broker. One object may serve many threads; each call is a request on a pooled connection."""
+    """A broker. One object may serve many threads; each call is a request on a pooled connection.
 
-    def __init__(self, url: str = DEFAULT_URL) -> None:
+    ``token``: the secret of a broker with ``server.auth: bearer``; without it that of ``GPUMGR_TOKEN``, if it is set.
+    """
+
+    def __init__(self, url: str = DEFAULT_URL, token: str | None = None) -> None:
         self.url = url.rstrip("/")
         self._session = requests.Session()
         self._session.trust_env = False
+        token = os.environ.get(TOKEN_VARIABLE) if token is None else token
+        if token:
+            self._session.headers["Authorization"] = f"Bearer {token.strip()}"
 
     def acquire(
         self,

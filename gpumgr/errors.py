@@ -5,6 +5,8 @@ Must not: know Flask, threads or where an error is raised.
 
     GpumgrError
     ├── InvalidRequest            400  the caller's words are wrong
+    ├── Unauthorized              401  no token of server.auth, or a wrong one
+    ├── Forbidden                 403  the token's scope is not enough; or another site's page asks
     ├── NotThere                  404
     │   ├── KindUnknown
     │   ├── ConsumerUnknown
@@ -16,6 +18,7 @@ Must not: know Flask, threads or where an error is raised.
     │   ├── RequestEnded               this request_id had its lease, and the lease is over
     │   └── LeaseMismatch              a lease of another consumer was shown on a proxy route
     ├── PayloadTooLarge           413
+    ├── HostNotAllowed            421  a name in Host that is not this broker's
     ├── UnsupportedMediaType      415
     ├── InternalError             500  a defect of gpumgr
     ├── UpstreamFailed                 a proxied call's consumer did not answer
@@ -73,6 +76,16 @@ class InvalidRequest(GpumgrError):
     status = 400
 
 
+class Unauthorized(GpumgrError):
+    code = "unauthorized"
+    status = 401
+
+
+class Forbidden(GpumgrError):
+    code = "forbidden"
+    status = 403
+
+
 class NotThere(GpumgrError):
     status = 404
 
@@ -117,6 +130,11 @@ class LeaseMismatch(Conflict):
 class PayloadTooLarge(GpumgrError):
     code = "payload_too_large"
     status = 413
+
+
+class HostNotAllowed(GpumgrError):
+    code = "host_not_allowed"
+    status = 421
 
 
 class UnsupportedMediaType(GpumgrError):

@@ -22,13 +22,14 @@ from tests.waiting import until
 ROOT = Path(__file__).parents[1]
 
 
-_ports = itertools.count(20_000 + 2_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
+_ports = itertools.count(os.getpid() * 37 % 11_000)
 
 
 def free_port() -> int:
-    """Nobody else is given it: each test process counts in a range of its own, below those that the kernel gives away
-    for any connection."""
-    for port in _ports:
+    """Hardly anybody else is given it: each test process counts from a number of its own, below the ports that the
+    kernel gives away for any connection."""
+    for number in _ports:
+        port = 20_000 + number % 12_000
         with socket.socket() as sock, suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port

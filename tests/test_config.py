@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,33 @@ def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
         ({"server.bind": "8770"}, ["server.bind", "127.0.0.1:8770"]),
         ({"server.bind": "127.0.0.1:99999"}, ["server.bind"]),
         ({"server.threads": 10, "server.reserved_threads": 10}, ["server.reserved_threads", "less than"]),
+        ({"server.bind": "0.0.0.0:8770"}, ["server.bind 0.0.0.0:8770", "auth: bearer", "trusted_network: true"]),
+        ({"server.bind": "[::]:8770"}, ["server.bind [::]:8770", "auth: bearer", "127.0.0.1"]),
+        ({"server.bind": "mrock:8770", "server.auth": False}, ["server.bind mrock:8770", "auth is off"]),
+        ({"server.auth": "on"}, ["server.auth", "off, bearer"]),
+        ({"server.auth": True}, ["server.auth", "off, bearer"]),
+        ({"server.auth": "bearer"}, ["no token", "GPUMGR_TOKENS", "server.tokens_file"]),
+        ({"server.trusted_network": "yes please"}, ["server.trusted_network", "true or false"]),
+        ({"server.tokens_file": "nowhere", "server.auth": "bearer"}, ["server.tokens_file", "cannot be read"]),
+        ({"server.allowed_hosts": "gpu.example"}, ["server.allowed_hosts", "list"]),
+        ({"server.allowed_hosts": ["*.example"]}, ["server.allowed_hosts", "without port or *"]),
+        ({"server.allowed_hosts": ["gpu.example:80"]}, ["server.allowed_hosts", "without port"]),
+        ({"server.allowed_origins": ["*"]}, ["server.allowed_origins", "https://page.example:8443"]),
+        ({"server.allowed_origins": ["page.example"]}, ["server.allowed_origins", "scheme"]),
+        ({"server.allowed_origins": ["https://page.example/x"]}, ["server.allowed_origins", "scheme"]),
+        ({"consumers.whisper.headers": ["X-Key: 1"]}, ["consumers.whisper.headers", "mapping"]),
+        ({"consumers.whisper.headers": {"X-Key": 1}}, ["consumers.whisper.headers.X-Key", "in quotes"]),
+        ({"consumers.whisper.headers": {"X Key": "1"}}, ["consumers.whisper.headers", "'X Key'", "remove it"]),
+        ({"consumers.whisper.headers": {"X-Key\r\nHost": "1"}}, ["consumers.whisper.headers", "remove it"]),
+        ({"consumers.whisper.headers": {"Host": "x"}}, ["consumers.whisper.headers", "'Host'"]),
+        ({"consumers.whisper.headers": {"content-length": "1"}}, ["consumers.whisper.headers", "remove it"]),
+        ({"consumers.whisper.headers": {"Connection": "X"}}, ["consumers.whisper.headers", "remove it"]),
+        ({"consumers.whisper.headers": {"X-GPU-Lease": "x"}}, ["consumers.whisper.headers", "remove it"]),
+        ({"consumers.whisper.headers": {"X-Key": "1", "x-key": "2"}}, ["consumers.whisper.headers", "twice"]),
+        ({"consumers.whisper.headers": {"X-Key": "a\r\nHost: b"}}, ["headers.X-Key", "one line"]),
+        ({"consumers.whisper.headers": {"X-Key": "schl\u00fcssel"}}, ["headers.X-Key", "ASCII"]),
+        ({"consumers.whisper.headers": {"X-Key": ""}}, ["headers.X-Key", "visible"]),
+        ({"consumers.whisper.headers": {"X-Key": "${KEY_OF_NOBODY}"}}, ["headers.X-Key", "KEY_OF_NOBODY", "set it"]),
         ({"server.threads": True}, ["server.threads", "whole number"]),
         ({"gpu.probe": "amd"}, ["gpu.probe", "nvml, simulated"]),
         ({"gpu.headroom_mib": -1}, ["gpu.headroom_mib"]),
@@ -173,6 +202,146 @@ def test_the_environment_wins(tmp_path: Path) -> None:
     assert (server.bind, str(server.state_dir)) == ("127.0.0.1:1", "/x")
     with pytest.raises(config.ConfigError, match="GPUMGR_BIND"):
         config.load(env | {"GPUMGR_BIND": "nonsense"})
+
+
+# -- access -------------------------------------------------------------------------------------------------
+
+SECRET = "correct-horse-battery"  # noqa: S105 - it stands for one
+OTHER = "staple-and-some-more-of-it"
+
+
+def server_of(tmp_path: Path, changes: dict[str, Any], environ: dict[str, str] | None = None) -> config.ServerSettings:
+    return config.load_file(written(tmp_path, changes), environ).server
+
+
+@pytest.mark.parametrize(
+    "bind", ["127.0.0.1:1", "127.8.9.1:1", "localhost:1", "[::1]:1", "[::ffff:127.0.0.1]:1", "unix:/run/gpumgr/socket"]
+)
+def test_loopback_needs_no_tokens(tmp_path: Path, bind: str) -> None:
+    assert server_of(tmp_path, {"server.bind": bind}).bind == bind
+
+
+def test_a_trusted_network_is_declared(tmp_path: Path) -> None:
+    assert server_of(tmp_path, {"server.bind": "0.0.0.0:1", "server.trusted_network": True}).trusted_network
+
+
+def test_the_environment_does_not_open_the_door(tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError, match=r"GPUMGR_BIND 0\.0\.0\.0:1 can be reached"):
+        server_of(tmp_path, {}, {"GPUMGR_BIND": "0.0.0.0:1"})
+
+
+def test_off_is_off_as_yaml_reads_it(tmp_path: Path) -> None:
+    file = written(tmp_path, {})
+    file.write_text(file.read_text(encoding="utf-8") + "server: {auth: off}\n", encoding="utf-8")
+    assert config.load_file(file).server.auth == "off"
+
+
+def tokens_file(tmp_path: Path, text: str, mode: int = 0o600) -> Path:
+    file = tmp_path / "tokens"
+    file.write_text(text, encoding="utf-8")
+    file.chmod(mode)
+    return file
+
+
+def test_tokens_of_the_environment_and_of_the_file(tmp_path: Path) -> None:
+    tokens_file(tmp_path, f"# who\n\n  me:operate:{OTHER}  \n", 0o400)
+    changes = {"server.auth": "bearer", "server.bind": "0.0.0.0:1", "server.tokens_file": "tokens"}
+    server = server_of(tmp_path, changes, {"GPUMGR_TOKENS": f"imagen:use:{SECRET},\n chat:use:{SECRET}:2,"})
+    assert [(t.name, t.scope) for t in server.tokens] == [("imagen", "use"), ("chat", "use"), ("me", "operate")]
+    assert server.tokens[1].digest == hashlib.sha256(f"{SECRET}:2".encode()).digest()
+    assert SECRET not in repr(server)
+    assert str(server.tokens[0].digest) not in repr(server)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "word"),
+    [
+        ("", "no token"),
+        (" ,\n", "no token"),
+        (SECRET, "token 1 must be name:scope:secret"),
+        (f":use:{SECRET}", "token 1 must be"),
+        (f"a/b:use:{SECRET}", "token 1 must be"),
+        (f"ok:use:{OTHER} me:{SECRET}", "token 2 (me) must have one of the scopes use, operate"),
+        (f"me:admin:{SECRET}", "(me) must have one of the scopes use, operate"),
+        (f"me:use:{SECRET[:15]}", "(me) has a secret of less than 16 characters"),
+        ("me:use:", "(me) has a secret of less than 16 characters"),
+        (f"me:use:{SECRET}\u00e9", "(me) has a secret with a space, a comma or what is not ASCII"),
+        (f"me:use:{SECRET} me:operate:{OTHER}", "two tokens are named me"),
+        (f"me:use:{SECRET} you:operate:{SECRET}", "has the secret of another one"),
+    ],
+)
+def test_tokens_that_are_none(tmp_path: Path, tokens: str, word: str) -> None:
+    with pytest.raises(config.ConfigError) as caught:
+        server_of(tmp_path, {"server.auth": "bearer"}, {"GPUMGR_TOKENS": tokens})
+    assert word in str(caught.value)
+    assert SECRET[:15] not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("environ", [{"GPUMGR_TOKENS": f"me:use:{SECRET}"}, {}])
+def test_tokens_that_nobody_would_ask_for(tmp_path: Path, environ: dict[str, str]) -> None:
+    tokens_file(tmp_path, f"me:use:{SECRET}")
+    changes: dict[str, Any] = {} if environ else {"server.tokens_file": "tokens"}
+    with pytest.raises(config.ConfigError, match=r"server\.auth is off, but there are tokens"):
+        server_of(tmp_path, changes, environ)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o601, 0o700, 0o4600])
+def test_a_file_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
+    tokens_file(tmp_path, f"me:use:{SECRET}", mode)
+    changes = {"server.auth": "bearer", "server.tokens_file": "tokens"}
+    assert "chmod 600" in refusal(written(tmp_path, changes))
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "device", "binary"])
+def test_a_file_that_is_none_is_refused(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "tokens"
+    if kind == "directory":
+        file.mkdir(mode=0o600)
+    elif kind == "pipe":
+        os.mkfifo(file, 0o600)
+    elif kind == "binary":
+        tokens_file(tmp_path, "")
+        file.write_bytes(b"me:use:\xff")
+    else:
+        file = Path("/dev/null")
+    sentence = refusal(written(tmp_path, {"server.auth": "bearer", "server.tokens_file": str(file)}))
+    assert "server.tokens_file" in sentence
+
+
+def test_somebody_elses_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens_file(tmp_path, f"me:use:{SECRET}")
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    if owner == 0:
+        os.chown(tmp_path / "tokens", 12345, 12345)
+    changes = {"server.auth": "bearer", "server.tokens_file": "tokens"}
+    assert "belongs to another user" in refusal(written(tmp_path, changes))
+
+
+def test_a_consumers_key_comes_from_the_environment(tmp_path: Path) -> None:
+    headers = {"Authorization": "Bearer ${KEY}", "X-Plain": "a $5 {b}"}
+    file = written(tmp_path, {"consumers.whisper.headers": headers})
+    whisper = config.load_file(file, {"KEY": SECRET}).consumers["whisper"]
+    assert whisper.headers == (("Authorization", f"Bearer {SECRET}"), ("X-Plain", "a $5 {b}"))
+    assert SECRET not in repr(whisper)
+
+
+def test_a_key_that_is_more_than_one_line_is_refused_and_not_shown(tmp_path: Path) -> None:
+    file = written(tmp_path, {"consumers.whisper.headers": {"X-Key": "${KEY}"}})
+    with pytest.raises(config.ConfigError, match=r"headers\.X-Key must be visible ASCII") as caught:
+        config.load_file(file, {"KEY": f"{SECRET}\n"})
+    assert SECRET not in str(caught.value)
+
+
+def test_names_and_origins_are_compared_as_browsers_write_them(tmp_path: Path) -> None:
+    changes = {
+        "server.allowed_hosts": ["GPU.Home.Example."],
+        "server.allowed_origins": ["https://Page.Example", "http://[::1]:3000"],
+    }
+    server = server_of(tmp_path, changes)
+    assert server.allowed_hosts == {"gpu.home.example"}
+    assert server.allowed_origins == {("https", "page.example", 443), ("http", "::1", 3000)}
 
 
 def test_check_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

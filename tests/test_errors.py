@@ -14,6 +14,9 @@ from gpumgr.web.problems import respond
 
 TABLE = {
     "invalid_request": (400, False),
+    "unauthorized": (401, False),
+    "forbidden": (403, False),
+    "host_not_allowed": (421, False),
     "kind_unknown": (404, False),
     "consumer_unknown": (404, False),
     "lease_unknown": (404, False),

@@ -20,7 +20,7 @@ import string
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from urllib.parse import quote, urlsplit
 
@@ -42,7 +42,8 @@ Header = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """Where a consumer's calls go. ``strips``: request headers it must not see, in small letters."""
+    """Where a consumer's calls go. ``strips``: request headers it must not see, in small letters. ``headers``: those
+    of the configuration, which may be keys."""
 
     consumer: str
     url: str
@@ -53,6 +54,7 @@ class Upstream:
     prefix: str
     proxy_path: str | None
     strips: frozenset[str]
+    headers: tuple[Header, ...] = field(default=(), repr=False)
 
 
 def upstream_of(settings: ConsumerSettings) -> Upstream:
@@ -69,6 +71,7 @@ def upstream_of(settings: ConsumerSettings) -> Upstream:
         prefix=_escaped(parts.path),
         proxy_path=None if proxy_path is None else _escaped(proxy_path),
         strips=dialect.strips_headers,
+        headers=settings.headers,
     )
 
 

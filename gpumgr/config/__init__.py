@@ -1,7 +1,7 @@
 """The configuration: YAML to frozen settings, or one sentence that names file, key and remedy.
 
-Nothing in the file is silently clamped or ignored. settings.py: the values; values.py: one value at a time; load.py:
-the file; predecessor.py: what keys of older files are called here.
+Nothing in the file is silently clamped or ignored. settings.py: the values; values.py: one value at a time; access.py:
+tokens, names and keys; load.py: the file; predecessor.py: what keys of older files are called here.
 """
 
 from gpumgr.config.load import load, load_file
@@ -16,6 +16,7 @@ from gpumgr.config.settings import (
     SchedulingSettings,
     ServerSettings,
     Settings,
+    Token,
     origin_of,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "SchedulingSettings",
     "ServerSettings",
     "Settings",
+    "Token",
     "load",
     "load_file",
     "origin_of",

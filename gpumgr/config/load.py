@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from gpumgr.config import access
 from gpumgr.config import values as check
 from gpumgr.config.settings import (
     Call,
@@ -26,6 +27,7 @@ from gpumgr.config.settings import (
     SchedulingSettings,
     ServerSettings,
     Settings,
+    Token,
     origin_of,
 )
 from gpumgr.config.values import Section, StrictLoader
@@ -39,14 +41,17 @@ RESERVED_KINDS = frozenset(
 )
 
 
-def load(environ: Mapping[str, str] | None = None) -> Settings:
+def load(environ: Mapping[str, str] | None = None, tokens: tuple[Token, ...] = ()) -> Settings:
     """The settings of ``GPUMGR_CONFIG`` (default ``config/consumers.yaml``), with ``GPUMGR_BIND`` and
-    ``GPUMGR_STATE_DIR`` over their keys. Raises: ConfigError."""
+    ``GPUMGR_STATE_DIR`` over their keys. ``tokens``: those that were taken out of the environment before.
+
+    Raises: ConfigError.
+    """
     env = os.environ if environ is None else environ
-    return load_file(Path(env.get("GPUMGR_CONFIG") or "config/consumers.yaml"), env)
+    return load_file(Path(env.get("GPUMGR_CONFIG") or "config/consumers.yaml"), env, tokens)
 
 
-def load_file(file: Path, environ: Mapping[str, str] | None = None) -> Settings:
+def load_file(file: Path, environ: Mapping[str, str] | None = None, tokens: tuple[Token, ...] = ()) -> Settings:
     """Raises: ConfigError, one sentence."""
     try:
         document = yaml.load(file.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506 - it is a SafeLoader
@@ -59,7 +64,7 @@ def load_file(file: Path, environ: Mapping[str, str] | None = None) -> Settings:
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     try:
-        return _settings(file, document, environ or {})
+        return _settings(file, document, environ or {}, tokens)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
 
@@ -73,9 +78,9 @@ def _not_yaml(error: yaml.YAMLError) -> str:
     return f"is not YAML in line {mark.line + 1}, column {mark.column + 1}: {problem}{hint}"
 
 
-def _settings(file: Path, document: object, environ: Mapping[str, str]) -> Settings:
+def _settings(file: Path, document: object, environ: Mapping[str, str], tokens: tuple[Token, ...]) -> Settings:
     top = Section("", document)
-    server = _server(top.section("server"), environ)
+    server = _server(top.section("server"), file, environ, tokens)
     gpu = _gpu(top.section("gpu"), file)
     lease = _lease(top.section("lease"))
     scheduling = _scheduling(top.section("scheduling"))
@@ -83,7 +88,7 @@ def _settings(file: Path, document: object, environ: Mapping[str, str]) -> Setti
     routing = top.section("routing")
     consumers = top.need("consumers", Section, "name at least one service that uses the GPU")
     top.done()
-    parsed = [_consumer(name, consumers) for name in consumers.names()]
+    parsed = [_consumer(name, consumers, environ) for name in consumers.names()]
     if not parsed:
         raise ConfigError("consumers is empty: name at least one service that uses the GPU")
     catalog = Catalog({c.name: c for c, _ in parsed}, _routing(routing, [c.name for c, _ in parsed]))
@@ -95,12 +100,17 @@ def _settings(file: Path, document: object, environ: Mapping[str, str]) -> Setti
     return Settings(file, server, gpu, lease, scheduling, catalog, settings, tuple(_warnings(catalog, settings)), proxy)
 
 
-def _server(section: Section, environ: Mapping[str, str]) -> ServerSettings:
+def _server(section: Section, file: Path, environ: Mapping[str, str], tokens: tuple[Token, ...]) -> ServerSettings:
     default = ServerSettings()
     bind = section.take("bind", check.bind, default.bind)
     state_dir = section.take("state_dir", check.text, str(default.state_dir))
     threads = section.take("threads", check.whole(2), default.threads)
     reserved = section.take("reserved_threads", check.whole(1), default.reserved_threads)
+    auth = section.take("auth", access.auth, default.auth)
+    trusted = section.take("trusted_network", access.truth, default.trusted_network)
+    tokens_file = section.take("tokens_file", check.text, "")
+    hosts = section.take("allowed_hosts", access.hosts, default.allowed_hosts)
+    origins = section.take("allowed_origins", access.origins, default.allowed_origins)
     section.done()
     if reserved >= threads:
         raise ConfigError(
@@ -110,7 +120,13 @@ def _server(section: Section, environ: Mapping[str, str]) -> ServerSettings:
     if environ.get("GPUMGR_BIND"):
         bind = check.bind("GPUMGR_BIND", environ["GPUMGR_BIND"])
     state_dir = environ.get("GPUMGR_STATE_DIR") or state_dir
-    return ServerSettings(bind, threads, reserved, Path(state_dir).expanduser())
+    tokens += access.environment_tokens(environ)
+    tokens += access.file_tokens(file.parent / Path(tokens_file).expanduser()) if tokens_file else ()
+    access.require_tokens(auth, tokens)
+    state = Path(state_dir).expanduser()
+    server = ServerSettings(bind, threads, reserved, state, auth, trusted, tokens, hosts, origins)
+    access.require_private(server, bind, "GPUMGR_BIND" if environ.get("GPUMGR_BIND") else "server.bind")
+    return server
 
 
 def _gpu(section: Section, file: Path) -> GpuSettings:
@@ -200,7 +216,7 @@ def _require_name(where: str, what: str, name: str) -> None:
         )
 
 
-def _consumer(name: str, consumers: Section) -> tuple[Consumer, ConsumerSettings]:
+def _consumer(name: str, consumers: Section, environ: Mapping[str, str]) -> tuple[Consumer, ConsumerSettings]:
     _require_name("consumers", "consumer's name", name)
     section = consumers.section(name)
     dialect = section.need("dialect", check.one_of(*DIALECTS), f"write one of {', '.join(DIALECTS)}")
@@ -208,6 +224,7 @@ def _consumer(name: str, consumers: Section) -> tuple[Consumer, ConsumerSettings
     default_gpus: tuple[GpuRef, ...] = (0,)
     gpus = section.take("gpus", check.gpu_refs, default_gpus)
     no_texts: tuple[str, ...] = ()
+    no_headers: tuple[tuple[str, str], ...] = ()
     settings = ConsumerSettings(
         name=name,
         dialect=dialect,
@@ -218,6 +235,7 @@ def _consumer(name: str, consumers: Section) -> tuple[Consumer, ConsumerSettings
         busy=_report(section, "busy"),
         loaded=_report(section, "loaded"),
         proxy_path=section.take("proxy_path", check.url_path, "") or None,
+        headers=section.take("headers", access.Headers(environ), no_headers),
         processes=section.take("processes", check.texts, no_texts),
         unit=section.take("unit", check.unit, "") or None,
         container=section.take("container", check.container, "") or None,

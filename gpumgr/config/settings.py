@@ -19,11 +19,28 @@ class ConfigError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Token:
+    """Who may call, and what: ``scope`` is ``use`` or ``operate``. The secret itself is kept nowhere."""
+
+    name: str
+    scope: str
+    digest: bytes = field(repr=False)
+    """SHA-256 of the secret."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSettings:
+    """``allowed_origins``: scheme, host and port of each."""
+
     bind: str = "127.0.0.1:8770"
     threads: int = 128
     reserved_threads: int = 16
     state_dir: Path = Path("~/.local/state/gpumgr")
+    auth: str = "off"
+    trusted_network: bool = False
+    tokens: tuple[Token, ...] = ()
+    allowed_hosts: frozenset[str] = frozenset()
+    allowed_origins: frozenset[tuple[str, str, int]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +113,8 @@ class ConsumerSettings:
     busy: Report | None = None
     loaded: Report | None = None
     proxy_path: str | None = None
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """Sent with every call to it; their values may be keys."""
     processes: tuple[str, ...] = ()
     unit: str | None = None
     container: str | None = None

@@ -159,6 +159,13 @@ class LeaseBook:
             raise LeaseUnknown("no live lease has this token: it was released, it expired, or it never existed")
         return lease
 
+    def named(self, lease_id: str, now: float) -> Lease:
+        """By its public name. Raises: LeaseUnknown."""
+        for lease in self._live.values():
+            if lease.lease_id == lease_id and lease.alive(now):
+                return lease
+        raise LeaseUnknown("no live lease has this lease_id: it was released, it expired, or it never existed")
+
     def renew(self, token: str, now: float, ttl_seconds: float | None) -> Lease:
         """A full TTL from ``now`` on; ``ttl_seconds`` (already clamped) replaces the lease's own.
 

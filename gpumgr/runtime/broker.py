@@ -509,6 +509,13 @@ class Broker:
         self._finish_end(lease, EndReason.RELEASED)
         return True
 
+    def revoke(self, lease_id: str, by: str | None, reason: str | None) -> None:
+        """End somebody's lease by its public name; the event tells who did, and why. Raises: LeaseUnknown."""
+        with self.state.lock:
+            lease = self.state.leases.named(lease_id, self.clock.monotonic())
+            self._begin_end(lease, EndReason.REVOKED)
+        self._finish_end(lease, EndReason.REVOKED, by=by, reason=reason)
+
     def tick(self) -> int:
         """End every lease whose time is over; how many there were. Called by the watchdog, and by whoever asks
         for a turn, so that a late watchdog delays nobody."""
@@ -533,7 +540,7 @@ class Broker:
         self.state.leases.end(lease, reason, self.clock.monotonic())
         self.state.queue.holds[lease.seq].phase = Phase.ENDING
 
-    def _finish_end(self, lease: Lease, reason: EndReason, **more: Any) -> None:
+    def _finish_end(self, lease: Lease, end: EndReason, /, **more: Any) -> None:
         """Written down before the next grant: where the disk fails, the store owes it, and grants nothing before."""
         facts = {
             "lease_id": lease.lease_id,
@@ -542,11 +549,11 @@ class Broker:
             "held_seconds": self.state.held(lease),
             **more,
         }
-        event = self.state.event(EVENT_OF[reason], lease.consumer, **facts)
+        event = self.state.event(EVENT_OF[end], lease.consumer, **facts)
         with self.state.lock:
-            quarantined = reason is not EndReason.RELEASED and self._may_still_compute(lease)
+            quarantined = end is not EndReason.RELEASED and self._may_still_compute(lease)
         try:
-            self.store.ended(lease, reason, event, quarantined=quarantined)
+            self.store.ended(lease, end, event, quarantined=quarantined)
         except StoreError as error:
             store_failed(self.state, error)
         except Exception:  # a defect there must not keep the GPU

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Flask
 
 from gpumgr.runtime.broker import Broker
-from gpumgr.web import leases, problems, proxy, status
+from gpumgr.web import access, leases, problems, proxy, status, upload
 from gpumgr.web.hangup import HangUp
 from gpumgr.web.places import Places
 
@@ -19,6 +19,8 @@ def create_app(broker: Broker) -> Flask:
     server = broker.settings.server
     places = Places(server.threads - server.reserved_threads)
     hang_up = HangUp()
+    access.register(app, server)
+    upload.register(app)
     app.register_blueprint(leases.routes(broker, places, hang_up))
     app.register_blueprint(status.routes(broker))
     proxy.register(app, broker, places, hang_up)

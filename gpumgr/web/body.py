@@ -15,6 +15,7 @@ from flask import Request
 from gpumgr.core.lease import RequestKey
 from gpumgr.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from gpumgr.runtime.ticket import Ask
+from gpumgr.web.access import bearer_of
 from gpumgr.web.upload import read_within
 
 LARGEST_BODY_BYTES = 64 * 1024
@@ -43,7 +44,7 @@ def acquire_ask(request: Request) -> Ask:
         ttl_seconds=_seconds(fields, "ttl_seconds", least_exclusive=True),
         wait_seconds=_seconds(fields, "wait_seconds", least_exclusive=False),
         holder=holder,
-        request=RequestKey(None, holder, request_id) if request_id is not None else None,
+        request=RequestKey(bearer_of(request.environ).name, holder, request_id) if request_id is not None else None,
     )
 
 
@@ -55,7 +56,7 @@ def withdrawn_request(request: Request) -> RequestKey:
     request_id, holder = _label(request.args, "request_id"), _label(request.args, "holder")
     if not request_id:
         raise InvalidRequest("request_id is missing: DELETE /v1/lease?request_id=…, or /v1/lease/{token}")
-    return RequestKey(None, holder, request_id)
+    return RequestKey(bearer_of(request.environ).name, holder, request_id)
 
 
 def renew_ttl(request: Request) -> float | None:
@@ -64,6 +65,14 @@ def renew_ttl(request: Request) -> float | None:
     if not raw.strip():
         return None
     return _seconds(_parsed(request, raw, RENEW_FIELDS), "ttl_seconds", least_exclusive=True)
+
+
+def reason(request: Request) -> str | None:
+    """Why a lease is revoked, as the query has it. Raises: InvalidRequest."""
+    for name in request.args:
+        if name != "reason":
+            raise InvalidRequest(f"unknown query parameter {name[:64]!r}; allowed is reason", field=name[:64])
+    return _label(request.args, "reason")
 
 
 def _object(request: Request, allowed: tuple[str, ...]) -> Mapping[str, Any]:

@@ -7,12 +7,11 @@ from typing import Any
 from flask import Blueprint, Response, jsonify, request
 
 from gpumgr.core.lease import Lease
-from gpumgr.errors import QueueFull
 from gpumgr.runtime.broker import Broker
-from gpumgr.web.body import acquire_ask, renew_ttl, withdrawn_request
+from gpumgr.web.access import bearer_of
+from gpumgr.web.body import acquire_ask, reason, renew_ttl, withdrawn_request
 from gpumgr.web.hangup import HangUp
-from gpumgr.web.places import Place, Places
-from gpumgr.web.upload import drop_what_came
+from gpumgr.web.places import Places
 
 
 def routes(broker: Broker, places: Places, hang_up: HangUp) -> Blueprint:
@@ -20,7 +19,7 @@ def routes(broker: Broker, places: Places, hang_up: HangUp) -> Blueprint:
 
     @blueprint.post("/v1/lease")
     def acquire() -> Response:
-        place = taken(places)  # before the body is read: a slow body holds a thread as well
+        place = places.take()  # before the body is read: a slow body holds a thread as well
         try:
             ask = acquire_ask(request)
             with hang_up.while_waiting(request.environ.get("gunicorn.socket"), broker) as caller:
@@ -57,16 +56,12 @@ def routes(broker: Broker, places: Places, hang_up: HangUp) -> Blueprint:
             return jsonify({"released": True})
         return jsonify({"released": False, "reason": "unknown_or_expired"})
 
+    @blueprint.delete("/v1/leases/<lease_id>")
+    def revoke(lease_id: str) -> Response:
+        broker.revoke(lease_id, bearer_of(request.environ).name, reason(request))
+        return jsonify({"revoked": True})
+
     return blueprint
-
-
-def taken(places: Places) -> Place:
-    """Raises: QueueFull."""
-    try:
-        return places.take()
-    except QueueFull:
-        drop_what_came(request)
-        raise
 
 
 def grant(broker: Broker, lease: Lease) -> dict[str, Any]:

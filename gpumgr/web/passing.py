@@ -51,6 +51,8 @@ def target(environ: Environ, kind: str, upstream: Upstream) -> str:
     prefix, slash, rest = _behind_kind(path, kind)
     if not prefix:
         raise NotFound("the path must begin with /v1/KIND, its slashes written as slashes")
+    if upstream.prefix and _leaves(rest):
+        raise InvalidRequest(f"the path leaves {upstream.prefix} of {upstream.consumer}'s url with its '..' segments")
     if slash:
         return f"{upstream.prefix}/{rest}{mark}{query}"
     if upstream.proxy_path is None:
@@ -60,6 +62,17 @@ def target(environ: Environ, kind: str, upstream: Upstream) -> str:
         )
     joint = "&" if mark and "?" in upstream.proxy_path else mark
     return f"{upstream.prefix}{upstream.proxy_path}{joint}{query}"
+
+
+def _leaves(rest: str) -> bool:
+    """Whether some server would read it as a path above where it starts: the url's own path says what callers may have
+    of a server that serves more."""
+    depth = 0
+    for segment in re.split(rb"[/\\]", unquote_to_bytes(rest)):
+        depth += -1 if segment.partition(b";")[0] == b".." else segment not in (b"", b".")
+        if depth < 0:
+            return True
+    return False
 
 
 def _raw(environ: Environ) -> str:
@@ -82,11 +95,18 @@ def _behind_kind(path: str, kind: str) -> tuple[str, str, str]:
 
 
 def request_headers(environ: Environ, upstream: Upstream, length: str | None) -> list[Header]:
-    """gunicorn has joined headers of the same name, and forgotten how their names were written."""
-    unwanted = HOP_BY_HOP | OURS | upstream.strips | _listed(environ.get("HTTP_CONNECTION", ""))
+    """gunicorn has joined headers of the same name, and forgotten how their names were written.
+
+    Those of the configuration replace the caller's: whoever may call need not know the consumer's key. An answer to
+    TRACE would tell it (RFC 9110 section 9.3.8).
+    """
+    own = () if environ["REQUEST_METHOD"] == "TRACE" else upstream.headers
+    replaced = {name.lower() for name, _ in own}
+    unwanted = HOP_BY_HOP | OURS | upstream.strips | replaced | _listed(environ.get("HTTP_CONNECTION", ""))
     named = ((key[5:].replace("_", "-").title(), value) for key, value in environ.items() if key.startswith("HTTP_"))
     headers = [(name, value) for name, value in named if name.lower() not in unwanted]
-    if environ.get("CONTENT_TYPE"):
+    headers += own
+    if environ.get("CONTENT_TYPE") and "content-type" not in replaced:
         headers.append(("Content-Type", environ["CONTENT_TYPE"]))
     if length is not None:
         headers.append(("Content-Length", length))

@@ -29,6 +29,7 @@ ROUTES = (
     "POST /v1/lease/{token}/renew",
     "GET /v1/lease/{token}",
     "DELETE /v1/lease/{token}",
+    "DELETE /v1/leases/{lease_id}",
     "ANY /v1/{kind}",
     "ANY /v1/{kind}/{path}",
     "GET /v1/status",

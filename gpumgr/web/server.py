@@ -33,6 +33,7 @@ from gunicorn.glogging import Logger
 from gpumgr import config
 from gpumgr.adapters import store
 from gpumgr.adapters.filelock import FileLock, LockHeldError, make_state_dir
+from gpumgr.config.access import TOKENS_VARIABLE, environment_tokens, require_private
 from gpumgr.runtime.broker import Broker
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ PR_SET_PDEATHSIG = 1
 TOKEN = re.compile(r"(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{32}(?![A-Za-z0-9_-])")
 """As `secrets.token_urlsafe(24)` writes it, wherever it stands."""
 TOKEN_IN_PATH = re.compile(r"(/v1/lease/)[^/\s?\"']+(/renew)?[^\s\"']*")
+CREDENTIALS = re.compile(r"(?i)\b(bearer|basic)\s+[^\s\"']+")
+"""A header that cannot be read is logged by gunicorn as it came."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LOG_LINES_KEPT = 1000
 PORT_SECONDS = 2.0
@@ -57,7 +60,7 @@ def settings_or_exit() -> config.Settings:
     must not end a running broker.
     """
     try:
-        settings = config.load()
+        settings = config.load(tokens=environment_tokens_taken())
     except config.ConfigError as error:
         if "settings" not in _master:
             _exit(str(error))
@@ -73,6 +76,34 @@ def settings_or_exit() -> config.Settings:
         _require_free_port(settings.server.bind)
     _master["settings"] = settings
     return settings
+
+
+def environment_tokens_taken() -> tuple[config.Token, ...]:
+    """Taken out of the environment, so that no child and no later look at it finds the secrets; what a SIGHUP finds is
+    what the start has found, hashed."""
+    written = os.environ.pop(TOKENS_VARIABLE, None)
+    if written is not None:
+        _master["tokens"] = environment_tokens({TOKENS_VARIABLE: written})
+    found: tuple[config.Token, ...] = _master.get("tokens", ())
+    return found
+
+
+def forget_secrets(arbiter: Any) -> None:
+    """gunicorn keeps a copy of the environment for the program it would start at SIGUSR2. In the master."""
+    arbiter.cfg.env_orig.pop(TOKENS_VARIABLE, None)
+
+
+def require_private_listeners(arbiter: Any) -> None:
+    """``--bind`` and a socket handed over by systemd are none of the file's. In the master, before a worker serves."""
+    server = _running().server
+    for listener in arbiter.LISTENERS:
+        address = listener.getsockname()
+        bind = "unix:" if isinstance(address, str | bytes) else f"{address[0]}:{address[1]}"
+        try:
+            require_private(server, bind, "the address")
+        except config.ConfigError as error:
+            arbiter.log.error("%s", error)
+            arbiter.halt(exit_status=2)
 
 
 def _running() -> config.Settings:
@@ -261,6 +292,7 @@ class TokenlessLogger(Logger):  # type: ignore[misc]  # gunicorn has no types
 
 
 def _without_token(record: logging.LogRecord) -> bool:
-    record.msg = TOKEN.sub("[token]", TOKEN_IN_PATH.sub(r"\1[token]\2", record.getMessage()))
+    said = CREDENTIALS.sub(r"\1 [token]", record.getMessage())
+    record.msg = TOKEN.sub("[token]", TOKEN_IN_PATH.sub(r"\1[token]\2", said))
     record.args = None
     return True

@@ -15,6 +15,7 @@ from gpumgr import __version__
 from gpumgr.errors import GpuUnreadable, ShuttingDown
 from gpumgr.runtime.broker import Broker
 from gpumgr.runtime.snapshot import snapshot
+from gpumgr.web.access import bearer_of
 from gpumgr.web.page import Page, page
 from gpumgr.web.problems import respond
 
@@ -32,6 +33,8 @@ def routes(broker: Broker) -> Blueprint:
         broker.glance()
         broker.fresh_card(FRESH_CARD_SECONDS)
         found = snapshot(broker)
+        if not bearer_of(request.environ).sees_tokens:
+            found["leases"] = [lease | {"token": None} for lease in found["leases"]]
         if prefers_page(request):
             refreshes = request.args.get("refresh") != "off"
             response = printed(page(found, broker.settings.gpu.headroom_mib, refreshes=refreshes))
@@ -81,6 +84,7 @@ def printer(style: str) -> Callable[[Page], Response]:
         response = Response(render_template("status.html", page=page, style=Markup(style)), mimetype="text/html")  # noqa: S704 - our own file
         response.headers["Content-Security-Policy"] = policy
         response.headers["Referrer-Policy"] = "no-referrer"
+        response.headers["X-Frame-Options"] = "DENY"  # for browsers that do not know frame-ancestors
         return response
 
     return printed

@@ -1,4 +1,5 @@
-"""The body of a request that is passed on: in pieces, as it arrives, never whole.
+"""The body of a request that is passed on: in pieces, as it arrives, never whole. And what is done with one that nobody
+wanted.
 
 Owns: reading it from gunicorn. Must not: look into it, whatever type it claims to have.
 
@@ -14,15 +15,48 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from flask import Request
-from gunicorn.http.body import Body, ChunkedReader
+from flask import Flask, Request, Response, request
+from gunicorn.http.body import Body, ChunkedReader, LengthReader
 from gunicorn.http.errors import NoMoreData, ParseException
 
 from gpumgr.errors import InvalidRequest
 
 PIECE_BYTES = 64 * 1024
 LARGEST_DROPPED_BYTES = 2**20
-DROPPED_SECONDS = 0.05
+DROP_SECONDS = 0.05
+"""Clients send a head and a small body in two pieces: the second one is on its way."""
+
+
+def register(app: Flask) -> None:
+    """A body that nobody read is dropped before the answer, and the connection kept; or the answer tells that it ends:
+    a client with a pool of connections would else send its next request into a closed one."""
+
+    @app.after_request
+    def drop(response: Response) -> Response:
+        body = request.environ["wsgi.input"]
+        if isinstance(body, Body) and is_left(body.reader):
+            if not _is_broken(body.reader):
+                passed_on = (
+                    request.endpoint == "proxy" and response.mimetype != "application/json"
+                )  # its answer is here
+                with suppress(InvalidRequest):
+                    sock = request.environ.get("gunicorn.socket")
+                    Upload(request, sock).drop_what_came(0.0 if passed_on else DROP_SECONDS)
+            if is_left(body.reader):
+                body.gpumgr_request.force_close()
+        return response
+
+
+def is_left(reader: Any) -> bool:
+    """Whether something of the body was not read, as far as its reader knows."""
+    if isinstance(reader, LengthReader):
+        return bool(reader.length)
+    return isinstance(reader, ChunkedReader) and reader.parser is not None
+
+
+def _is_broken(reader: Any) -> bool:
+    """A generator that has failed looks as if it had come to its end."""
+    return isinstance(reader, ChunkedReader) and reader.parser.gi_frame is None
 
 
 class Upload:
@@ -56,30 +90,20 @@ class Upload:
             self._broken = True
             raise InvalidRequest("the body ended before it was whole, or its chunks cannot be read") from None
 
-    def drop_what_came(self) -> None:
-        if not self._broken:
-            _drop(self._arriving, self._sock)
-
-
-def drop_what_came(request: Request) -> None:
-    """Of a small body that nobody wants: it is mostly there, or follows its head at once, and a connection that is
-    closed over unread bytes is reset, which may overtake the answer."""
-    _drop(_arriving(request), request.environ.get("gunicorn.socket"))
-
-
-def _drop(arriving: Iterator[bytes], sock: socket.socket | None) -> None:
-    if sock is None:
-        return
-    limit, until = sock.gettimeout(), time.monotonic() + DROPPED_SECONDS
-    dropped = 0
-    with suppress(OSError, ParseException):
-        while dropped < LARGEST_DROPPED_BYTES and (left := until - time.monotonic()) > 0:
-            sock.settimeout(left)
-            piece = next(arriving, b"")
-            if not piece:
-                break
-            dropped += len(piece)
-    sock.settimeout(limit)
+    def drop_what_came(self, within_seconds: float = 0.0) -> None:
+        """Of a small body that nobody wants, without waiting long for the rest: it is mostly there, and a connection
+        that is closed over unread bytes is reset, which may overtake the answer."""
+        if self._broken or self._sock is None:
+            return
+        limit = self._sock.gettimeout()
+        until = time.monotonic() + within_seconds
+        self._sock.settimeout(within_seconds)
+        dropped = 0
+        with suppress(OSError, ParseException):
+            while dropped < LARGEST_DROPPED_BYTES and (piece := next(self._arriving, b"")):
+                dropped += len(piece)
+                self._sock.settimeout(max(0.0, until - time.monotonic()))
+        self._sock.settimeout(limit)
 
 
 def read_within(request: Request, seconds: float, at_most_bytes: int) -> bytes:

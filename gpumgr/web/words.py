@@ -178,6 +178,11 @@ def _evict_failed(facts: _Left) -> str:
     return f"not unloaded{_with(' for ', facts, 'for')}{_in(facts)}{why}: it still has {still}"
 
 
+def _revoke(facts: _Left) -> str:
+    by, after = _with(" by ", facts, "by"), _after(facts, "held_seconds")
+    return f"the lease of {_who(facts)} was taken back{by}{after}{_with(': ', facts, 'reason')}"
+
+
 def _would_wait(facts: _Left) -> str:
     return (
         f"{_who(facts)} would have waited{_with(' for: ', facts, 'waiting_for')}{_with('; behind ', facts, 'behind')}"
@@ -199,7 +204,7 @@ EVENTS: dict[str, Callable[[_Left], str]] = {
     "grant": lambda facts: f"granted to {_who(facts)}{_after(facts, 'waited_seconds')}",
     "release": lambda facts: f"released by {_who(facts)}{_after(facts, 'held_seconds')}",
     "expire": lambda facts: f"the lease of {_who(facts)} expired{_after(facts, 'held_seconds')}",
-    "revoke": lambda facts: f"the lease of {_who(facts)} was taken back{_after(facts, 'held_seconds')}",
+    "revoke": _revoke,
     "refuse": lambda facts: _refused("was", facts),
     "withdraw": lambda facts: f"{_who(facts)} no longer waits{_after(facts, 'waited_seconds')}",
     "evict": _evict,

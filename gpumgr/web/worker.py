@@ -1,5 +1,5 @@
 """gunicorn's gthread worker, without its cost per waiting request, without a wait for bodies nobody wants or for
-heads that never end, and without a traceback for callers that stand still.
+heads that never end, without a traceback for callers that stand still, and with our own words for what it cannot read.
 
 The cost: gunicorn 23 gthread.py, ``ThreadWorker.run``: after every event the main loop calls
 ``concurrent.futures.wait`` on all requests that have not ended, which locks each of them. With 1 000 waiters that made
@@ -8,25 +8,34 @@ and at the end of the worker.
 
 The wait: gunicorn 23 parser.py, ``Parser.__next__``, drops what is left of a body before it reads the next request of a
 kept-alive connection, in a thread of the pool and without a limit of time. Four clients that announced a body and do
-not send it would hold four threads; so a connection whose body was not read whole is closed after its answer.
+not send it would hold four threads; so a connection whose body was not read whole is closed after its answer
+(upload.py drops what is there, so that this is rare, and told).
 
 The head: gunicorn 23 reads a request's line and headers without a limit of time, in a thread of the pool. Some bytes of
 them, and nothing more, would hold that thread for ever; so they have ten seconds for the whole.
 
 The traceback: a proxied call sets a time limit on its caller's socket; gunicorn 23 gthread.py, ``ThreadWorker.handle``,
 logs everything that breaks an answer as a defect, but a connection that is gone.
+
+The words: a request line or header that gunicorn refuses never reaches the application, and base.py, ``handle_error``,
+answers it in HTML, with a status of its own choice.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import time
 from concurrent.futures import Future
+from http import HTTPStatus
 from typing import Any
 
-from gunicorn.http.body import ChunkedReader, LengthReader
+from gunicorn.http.errors import ParseException
 from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers.gthread import ThreadWorker
+
+from gpumgr.errors import GpumgrError, InternalError, InvalidRequest
+from gpumgr.web.upload import is_left
 
 HEAD_SECONDS = 10.0
 
@@ -38,11 +47,17 @@ class _Copy(set[Future[Any]]):
         self.discard(future)
 
 
-def _body_left(conn: Any) -> bool:
-    reader = conn.parser.mesg.body.reader
-    if isinstance(reader, LengthReader):
-        return bool(reader.length)
-    return isinstance(reader, ChunkedReader) and reader.parser is not None
+def _said(error: GpumgrError) -> bytes:
+    """A whole answer, after which the connection is closed."""
+    body = json.dumps(error.to_wire()).encode()
+    head = [
+        f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
+        "Connection: close",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "x-should-retry: false",
+    ]
+    return "\r\n".join([*head, "", ""]).encode() + body
 
 
 class _Punctual(SocketUnreader):  # type: ignore[misc]  # gunicorn has no types
@@ -79,6 +94,7 @@ class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def handle_request(self, req: Any, conn: Any) -> Any:
         conn.parser.unreader.until = None
+        req.body.gpumgr_request = req  # so that the application can say that the connection ends (upload.py)
         try:
             return super().handle_request(req, conn)
         except TimeoutError as error:
@@ -89,7 +105,24 @@ class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             conn.parser.unreader = _Punctual(conn.sock)
         conn.parser.unreader.until = time.monotonic() + HEAD_SECONDS
         keepalive, conn = super().handle(conn)
-        return keepalive and not _body_left(conn), conn
+        return keepalive and not is_left(conn.parser.mesg.body.reader), conn
+
+    def handle_error(self, _req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        """Not the error's own words, which repeat what was sent: they may be a header with a secret."""
+        error: GpumgrError
+        if isinstance(exc, ParseException):
+            what = type(exc).__name__
+            error = InvalidRequest(
+                f"this is not HTTP as gpumgr reads it ({what}): look at its first line and its headers"
+            )
+            self.log.info("a request cannot be read ip=%s: %s", addr[0] if addr else "", what)
+        else:
+            error = InternalError("gpumgr failed; its log has the traceback")
+            self.log.exception("a request failed before the application saw it")
+        try:
+            client.sendall(_said(error))
+        except OSError:
+            self.log.debug("nobody takes the answer")
 
     def _wrap_future(self, future: Future[Any], conn: Any) -> None:
         future.conn = conn  # type: ignore[attr-defined]

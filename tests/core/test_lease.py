@@ -53,6 +53,15 @@ def test_alive_just_before_expires_at_and_dead_at_it() -> None:
         book.get(lease.token, lease.expires_at)
 
 
+def test_a_lease_is_found_by_its_public_name_while_it_lives() -> None:
+    book = LeaseBook()
+    lease = granted(book)
+    assert book.named(lease.lease_id, math.nextafter(lease.expires_at, 0.0)) == lease
+    for name, now in ((lease.lease_id, lease.expires_at), (lease.token, 100.0), ("", 100.0)):
+        with pytest.raises(LeaseUnknown):
+            book.named(name, now)
+
+
 def test_renew_at_the_last_moment_counts_from_that_moment() -> None:
     book = LeaseBook()
     lease = granted(book)

@@ -12,6 +12,7 @@ import requests
 
 from gpumgr.sim.stage import Stage
 from tests.brokers import RunningBroker
+from tests.callers import Caller
 from tests.waiting import until
 
 GRANT_FIELDS = {
@@ -177,6 +178,53 @@ def test_garbage_gets_the_one_error_shape(
     assert answer.headers["x-should-retry"] == "false"
     if status == 405:
         assert answer.headers["Allow"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"GET /healthz HTTP/9.9\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nno header\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nX: " + b"x" * 9000 + b"\r\n\r\n",
+        b"POST /v1/lease HTTP/1.1\r\nTransfer-Encoding: xchunked\r\n\r\n",
+    ],
+)
+def test_what_gunicorn_cannot_read_gets_the_one_error_shape(shared: RunningBroker, said: bytes) -> None:
+    with Caller(shared.port) as caller:
+        caller.say(said)
+        answer = caller.answer()
+    assert (answer.status, answer.error["code"]) == (400, "invalid_request")
+    assert set(answer.error) == {"code", "message", "type", "retryable", "details"}
+    assert answer.header("x-should-retry") == ["false"]
+
+
+@pytest.mark.parametrize("target", ["/v1/lease/nobody", "/v1/leases/nobody", "/nowhere", "/v1/status"])
+@pytest.mark.parametrize("body", [b"{}", b"x" * 200_000])
+def test_a_body_that_nobody_wants_does_not_cost_the_connection(shared: RunningBroker, target: str, body: bytes) -> None:
+    with Caller(shared.port) as caller:
+        for _ in range(3):
+            assert caller.ask("DELETE", target, body=body).answer().header("Connection") == ["keep-alive"]
+        chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        assert caller.ask("DELETE", target, "Transfer-Encoding: chunked", body=chunks).answer().status != 400
+        assert caller.ask("GET", "/healthz").answer().status == 200
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 9", "Content-Length: 9000000", "Transfer-Encoding: chunked"])
+def test_a_body_that_does_not_come_ends_the_connection_and_says_so(shared: RunningBroker, framing: str) -> None:
+    with Caller(shared.port) as caller:
+        answer = caller.ask("DELETE", "/v1/lease/nobody", framing, body=b"2\r\n{}").answer()
+        assert (answer.status, answer.header("Connection")) == (200, ["close"])
+        assert caller.rest() == b""
+
+
+def test_chunks_that_cannot_be_read_end_the_connection(shared: RunningBroker) -> None:
+    """Where they end is not known: what follows must not be taken for a request."""
+    follows = b"zz\r\n\r\nGET /healthz HTTP/1.1\r\n\r\n"
+    for target, status in (("/v1/lease", 400), ("/v1/lease/nobody/renew", 400), ("/v1/models", 404)):
+        with Caller(shared.port) as caller:
+            answer = caller.ask("POST", target, "Transfer-Encoding: chunked", body=follows).answer()
+            assert (answer.status, answer.header("Connection")) == (status, ["close"])
 
 
 def test_a_chunked_body_is_limited_too(shared: RunningBroker) -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from gpumgr.core.lease import Lease, RequestKey
-from gpumgr.errors import ConsumerUnhealthy, EvictionFailed, GpuUnreadable, InsufficientVram, StoreUnavailable
+from gpumgr.errors import (
+    ConsumerUnhealthy,
+    EvictionFailed,
+    GpuUnreadable,
+    InsufficientVram,
+    LeaseUnknown,
+    RequestEnded,
+    StoreUnavailable,
+)
 from gpumgr.runtime.ports import StoreError
 from gpumgr.runtime.preparation import Step
 from tests.worlds import HadIt, World, catalog, consumer, request
@@ -30,6 +38,24 @@ def test_an_end_that_cannot_be_written_down_still_frees_its_gpu(world: World) ->
     world.broker.keep_store()
     assert world.grant("chat").consumer == "chat"
     assert world.store.open().leases[0].lease.consumer == "chat", "the ends were written with the first success"
+
+
+def test_a_revoked_lease_is_over_at_once_and_the_journal_knows_who_and_why(world: World) -> None:
+    lease = world.grant("paint", request=request("r1", "me"), holder="me")
+    waiter = world.ask("chat", wait_seconds=60)
+    world.broker.revoke(lease.lease_id, by="operator", reason="stuck")
+    event = world.broker.state.events[-1]
+    assert (event["type"], event["by"], event["reason"]) == ("revoke", "operator", "stuck")
+    assert world.store.written[-1][0] == "revoke"
+    with pytest.raises(LeaseUnknown):
+        world.broker.renew(lease.token, None)
+    with pytest.raises(LeaseUnknown):
+        world.broker.revoke(lease.lease_id, by="operator", reason="again")
+    world.prepare()
+    assert waiter.lease().consumer == "chat"
+    with pytest.raises(RequestEnded) as caught:
+        world.ask("paint", request=request("r1", "me"), holder="me")
+    assert caught.value.details == {"reason": "revoked"}
 
 
 def test_a_grant_that_cannot_be_written_down_is_none(world: World) -> None:

@@ -93,7 +93,7 @@ _EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("grant", {"lease_id": "aa11", "holder": "chat", "fence": 1, "waited_seconds": 0.12}),
     ("release", {"lease_id": "aa11", "holder": "chat", "fence": 1, "held_seconds": 42.1}),
     ("expire", {"lease_id": "aa12", "holder": None, "fence": 2, "held_seconds": 142.1}),
-    ("revoke", {"lease_id": "aa13", "holder": "chat", "by": "operator"}),
+    ("revoke", {"lease_id": "aa13", "holder": "chat", "by": "operator", "reason": "stuck"}),
     ("refuse", {"holder": "chat", "code": "insufficient_vram", "waited_seconds": 0.0}),
     ("withdraw", {"holder": "chat", "waited_seconds": 3.0}),
     ("evict", {"held_mib": 9000, "still_held_mib": 412, "seconds": 0.31, "for": "paint"}),

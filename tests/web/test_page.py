@@ -245,7 +245,7 @@ def test_every_use_is_told(shown: Callable[[Facts], Walk], use: str) -> None:
         ("grant", "granted to chat after 0.1 s lease_id=aa11 fence=1"),
         ("release", "released by chat after 42 s"),
         ("expire", "the lease of a holder without a label expired after 2 min 22 s"),
-        ("revoke", "the lease of chat was taken back lease_id=aa13 by=operator"),
+        ("revoke", "the lease of chat was taken back by operator: stuck lease_id=aa13"),
         ("refuse", "chat was refused after 0 s: insufficient_vram"),
         ("withdraw", "chat no longer waits after 3 s"),
         ("evict", "unloaded for paint in 0.3 s: 9000 MiB before, 412 MiB after"),

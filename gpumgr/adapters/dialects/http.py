@@ -83,4 +83,5 @@ class Http:
         return self._send("GET", path, timeout_seconds=timeout_seconds).require().json()
 
     def _send(self, method: str, path: str, *, body: Any = None, timeout_seconds: float) -> Answer:
-        return send(method, self._settings.url, path, body=body, timeout_seconds=timeout_seconds)
+        url, headers = self._settings.url, self._settings.headers
+        return send(method, url, path, body=body, headers=headers, timeout_seconds=timeout_seconds)

@@ -15,7 +15,7 @@ import json
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,22 +23,32 @@ from gpumgr.runtime.ports import BackendError
 
 CONNECT_SECONDS = 2.0
 LARGEST_ANSWER_BYTES = 4 * 2**20
+SHORTEST_KEY = 8
+"""Shorter words of a header (Bearer) are no secret."""
+Headers = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A server's whole answer. ``asked`` is for the error's sentence."""
+    """A server's whole answer. ``asked`` is for the error's sentence; what it was told in ``headers`` is not, also
+    where it says it again: "no such key: …"."""
 
     asked: str
     status: int
     body: bytes
+    headers: Headers = field(default=(), repr=False)
 
     def require(self) -> Answer:
         """Raises: BackendError where the status says no. A redirect is an answer that nobody configured."""
         if self.status >= 300:
-            said = " ".join(self.body[:200].decode(errors="replace").split())
+            said = " ".join(self._hidden(self.body.decode(errors="replace"))[:200].split())
             raise BackendError("failed", f"{self.asked} answers {self.status} {said}".rstrip())
         return self
+
+    def _hidden(self, said: str) -> str:
+        for word in (word for _, value in self.headers for word in value.split()):
+            said = said.replace(word, "[hidden]") if len(word) >= SHORTEST_KEY else said
+        return said
 
     def json(self) -> Any:
         """Raises: BackendError."""
@@ -48,7 +58,9 @@ class Answer:
             raise BackendError("failed", f"{self.asked} answers something that is not JSON") from None
 
 
-def send(method: str, url: str, path: str, *, body: Any = None, timeout_seconds: float) -> Answer:
+def send(
+    method: str, url: str, path: str, *, body: Any = None, headers: Headers = (), timeout_seconds: float
+) -> Answer:
     """One request on a connection of its own: one kept alive may be closed by the server just as we write on it, and
     an unload that fails for that reason would cost a second.
 
@@ -64,10 +76,10 @@ def send(method: str, url: str, path: str, *, body: Any = None, timeout_seconds:
     deadline.start()
     try:
         content = None if body is None else json.dumps(body).encode()
-        headers = {} if content is None else {"Content-Type": "application/json"}
-        connection.request(method, parts.path + path, content, headers)
+        typed = {} if content is None else {"Content-Type": "application/json"}
+        connection.request(method, parts.path + path, content, typed | dict(headers))
         with connection.getresponse() as response:
-            answer = Answer(asked, response.status, _body(response, asked))
+            answer = Answer(asked, response.status, _body(response, asked), headers)
         if over.is_set():  # a body that ends when the connection does looks whole when we cut it
             raise _hung(asked, timeout_seconds)
         return answer
