@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ from gpumgr.core.lease import Call, EndReason, Lease, RequestKey
 from gpumgr.core.placement import Report
 from gpumgr.errors import GpumgrError
 from gpumgr.runtime.broker import Broker, _hung_up
-from gpumgr.runtime.ports import BackendError, BackendReason, Clock, Dialect, Kept, KeptLease, Total
+from gpumgr.runtime.ports import BackendError, BackendReason, Clock, Dialect, Kept, KeptLease, StoreError, Total
 from gpumgr.runtime.preparation import Preparation, Step
 from gpumgr.runtime.state import Quarantine
 from gpumgr.runtime.ticket import Ask, Ticket
@@ -178,7 +178,7 @@ class LedgerStore:
     def __init__(self, clock: Clock) -> None:
         self.written: list[tuple[str, Lease]] = []
         self.fails: Exception | None = None
-        self.boot = "boot-1"
+        self.boot = self._opened_in = "boot-1"
         self.writes = 0
         self.intents: list[tuple[int, str, tuple[str, ...]]] = []
         self.quarantined: set[str] = set()
@@ -194,8 +194,9 @@ class LedgerStore:
         rebooted = [kept for kept, boot in self._live.values() if boot != self.boot]
         for kept in rebooted:
             self._end(kept.lease, EndReason.HOST_REBOOT, False)
-        if rebooted:
+        if self.boot != self._opened_in:
             self.quarantined.clear()
+        self._opened_in = self.boot
         quarantined = [replace(self._over[lease_id][0], quarantined=True) for lease_id in sorted(self.quarantined)]
         self.intents.clear()
         return Kept(
@@ -427,7 +428,8 @@ class World(Stand):
         """kill -9, and a new life: whoever waited has lost the connection. ``reboot``: of the whole machine."""
         self.callers.clear()
         self.preparations.clear()
-        self.store.keep(self.broker.state.take_totals(), self.broker._idle)  # its thread had the moment that it needs
+        with suppress(StoreError):
+            self.store.keep(self.broker.state.take_totals(), self.broker._idle)  # its thread had the moment it needs
         if reboot:
             self.store.boot += "'"
         believes = self.broker.state.believes

@@ -214,7 +214,12 @@ class Preparation:
     def _asked(self, victims: Sequence[str]) -> bool:
         """Whether each of them has said just now that it is idle, or has no way to say so. Those that have not are
         asked with the next look."""
-        missing = {name for name in victims if name not in self._said and self._state.memory[name].reports_busy}
+        memory = self._state.memory
+        missing = {
+            name
+            for name in victims
+            if name not in self._said and memory[name].reports_busy and not memory[name].outlasted
+        }
         self._asks |= missing
         return not missing
 

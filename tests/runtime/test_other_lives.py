@@ -1,0 +1,247 @@
+"""Restart, reboot, sleep, quarantine and the longest hold, on a broker whose time the test owns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gpumgr.core.lease import Lease
+from gpumgr.errors import LeaseUnknown, RequestEnded, StoreUnavailable
+from gpumgr.runtime.ports import BackendError, StoreError
+from gpumgr.runtime.snapshot import snapshot
+from tests.worlds import World, catalog, consumer, request
+
+
+@pytest.fixture
+def world() -> World:
+    return World(catalog(consumer("paint", 14000), consumer("chat", 9000)))
+
+
+def in_use(world: World, name: str) -> str | None:
+    found: str | None = next(c["in_use"] for c in snapshot(world.broker)["consumers"] if c["name"] == name)
+    return found
+
+
+# -- restart and sleep --------------------------------------------------------------------------------------
+
+
+def test_a_restart_gives_a_full_ttl_and_no_more(world: World) -> None:
+    lease = world.grant("paint", ttl_seconds=60)
+    world.pass_time(50)
+    world.restart()
+    assert world.broker.lease(lease.token).expires_at == world.now + 60
+    world.pass_time(60, watchdog=True)
+    with pytest.raises(LeaseUnknown):
+        world.broker.renew(lease.token, None)
+
+
+def test_nothing_conflicting_is_granted_after_a_restart(world: World) -> None:
+    lease = world.grant("paint", loaded=True)
+    world.restart()
+    chat = world.ask("chat", wait_seconds=500)
+    world.prepare()
+    assert chat.waits
+    world.broker.release(lease.token)
+    world.prepare()
+    assert chat.lease().fence == lease.fence + 1
+
+
+def test_a_shortened_ttl_is_not_promised_longer_than_it_was_written(world: World) -> None:
+    lease = world.grant("paint", ttl_seconds=60)
+    writes = world.store.writes
+    world.broker.renew(lease.token, 30)
+    world.broker.renew(lease.token, None)
+    assert world.store.writes == writes, "renewing needs no write"
+    world.broker.renew(lease.token, 100)
+    world.broker.renew(lease.token, 90)
+    assert world.store.writes == writes + 1
+    world.restart()
+    assert world.broker.lease(lease.token).ttl_seconds == 100
+
+
+def test_a_sleep_of_the_machine_gives_a_full_ttl(world: World) -> None:
+    lease = world.grant("paint", ttl_seconds=60)
+    world.pass_time(50)
+    world.sleep(3600)
+    assert world.broker.lease(lease.token).expires_at == world.now + 60
+    dead = world.broker.lease(lease.token).expires_at
+    world.pass_time(dead - world.now)
+    world.sleep(3600)
+    with pytest.raises(LeaseUnknown):
+        world.broker.lease(lease.token)
+
+
+def test_who_may_compute_since_the_life_before_is_asked_before_the_first_grant(world: World) -> None:
+    world.services["paint"].computing = True
+    world.restart()
+    chat = world.ask("chat", wait_seconds=500)
+    world.prepare()
+    assert chat.waits
+    assert in_use(world, "paint") == "direct"
+    world.services["paint"].computing = False
+    world.prepare()
+    assert chat.lease().consumer == "chat"
+
+
+def test_a_store_that_cannot_be_read_at_the_start_hides_no_lease_for_good(world: World) -> None:
+    lease = world.grant("paint", ttl_seconds=60)
+    world.store.fails = StoreError("the disk is gone")
+    world.restart()
+    with pytest.raises(StoreUnavailable):
+        world.broker.renew(lease.token, None)
+    assert isinstance(world.refusal("chat"), StoreUnavailable)
+    world.store.fails = None
+    world.broker.keep_store()
+    assert world.broker.renew(lease.token, None)[0].fence == lease.fence
+
+
+def test_nobody_is_unloaded_for_a_lease_that_could_not_be_written_down(world: World) -> None:
+    world.services["paint"].take()
+    world.store.fails = StoreError("no space left on device")
+    assert isinstance(world.refusal("chat"), StoreUnavailable)
+    assert world.services["paint"].asked_to_unload == 0
+    assert not world.broker.state.queue.is_unloading("paint")
+
+
+# -- the longest hold ---------------------------------------------------------------------------------------
+
+
+def test_a_renew_extends_no_further_than_the_longest_hold() -> None:
+    world = World(catalog(consumer("paint", 14000)), max_hold_seconds=100)
+    lease = world.grant("paint", ttl_seconds=60)
+    world.pass_time(50)
+    renewed, _, _ = world.broker.renew(lease.token, None)
+    assert renewed.expires_at == lease.granted_at + 100
+    world.restart()
+    assert world.broker.lease(lease.token).expires_at == lease.granted_at + 100
+    world.pass_time(50, watchdog=True)
+    with pytest.raises(LeaseUnknown):
+        world.broker.renew(lease.token, None)
+
+
+# -- quarantine ---------------------------------------------------------------------------------------------
+
+
+def expired(world: World, name: str = "paint", *, computing: object = True) -> Lease:
+    lease = world.grant(name, ttl_seconds=10, loaded=True, request=request("r1"))
+    world.services[name].computing = computing  # type: ignore[assignment]
+    world.pass_time(10)
+    world.broker.tick()
+    return lease
+
+
+def test_after_an_expiry_who_still_computes_holds_up_whoever_conflicts(world: World) -> None:
+    expired(world)
+    assert in_use(world, "paint") == "quarantine"
+    assert world.services["paint"].asked_to_interrupt == 1
+    chat = world.ask("chat", wait_seconds=500)
+    world.prepare()
+    world.broker.look_at_quarantines()
+    assert chat.waits
+    assert world.services["paint"].asked_to_interrupt == 1, "once: what came later is somebody else's"
+    world.services["paint"].computing = False
+    world.broker.look_at_quarantines()
+    world.prepare()
+    assert chat.lease().consumer == "chat"
+    assert world.services["paint"].unloads_while_computing == 0
+
+
+@pytest.mark.parametrize("computing", [False, None, BackendError("unreachable", "refused", refused=True)])
+def test_idle_or_no_report_or_nobody_there_costs_nothing(world: World, computing: object) -> None:
+    expired(world, computing=computing)
+    assert in_use(world, "paint") is None
+    assert world.services["paint"].asked_to_interrupt == 0
+
+
+def test_a_report_that_hangs_is_busy_and_ends_with_the_limit(world: World) -> None:
+    expired(world, computing=BackendError("hung", "no answer in time"))
+    chat = world.ask("chat", wait_seconds=500)
+    world.pass_time(29.9)
+    world.broker.look_at_quarantines()
+    world.prepare()
+    assert chat.waits
+    world.pass_time(0.2)
+    world.broker.look_at_quarantines()
+    world.prepare()
+    assert chat.lease().consumer == "chat", "then the eviction and its proof decide"
+    assert world.services["paint"].used_mib() <= 768
+
+
+def test_at_its_end_a_victim_that_keeps_its_memory_is_no_silent_grant(world: World) -> None:
+    expired(world)
+    world.services["paint"].lies = True
+    chat = world.ask("chat", wait_seconds=500)
+    world.pass_time(30)
+    world.broker.look_at_quarantines()
+    world.prepare()
+    assert chat.error().code == "eviction_failed"
+
+
+def test_the_next_one_for_the_same_consumer_unloads_nobody(world: World) -> None:
+    expired(world)
+    again = world.ask("paint", wait_seconds=500)
+    world.services["paint"].computing = False
+    world.broker.look_at_quarantines()
+    world.prepare()
+    assert again.lease().consumer == "paint"
+    assert world.services["paint"].asked_to_unload == 0
+
+
+def test_a_release_is_no_expiry(world: World) -> None:
+    lease = world.grant("paint", loaded=True)
+    world.services["paint"].computing = True
+    world.broker.release(lease.token)
+    assert world.broker.state.memory["paint"].tail
+    assert world.broker.state.quarantines == {}
+    assert world.services["paint"].asked_to_interrupt == 0
+
+
+def test_a_revoke_is_followed_by_it(world: World) -> None:
+    lease = world.grant("paint", loaded=True)
+    world.services["paint"].computing = True
+    world.broker.revoke(lease.lease_id, None, "stuck")
+    assert in_use(world, "paint") == "quarantine"
+
+
+def test_it_survives_a_restart_and_no_reboot(world: World) -> None:
+    lease = expired(world)
+    world.restart()
+    assert in_use(world, "paint") == "quarantine"
+    assert world.services["paint"].asked_to_interrupt == 2, "a restart does not know what the life before has done"
+    with pytest.raises(RequestEnded):
+        world.ask("paint", request=request("r1"))
+    world.restart(reboot=True)
+    assert in_use(world, "paint") != "quarantine"
+    with pytest.raises(LeaseUnknown):
+        world.broker.renew(lease.token, None)
+
+
+def test_without_a_limit_there_is_none() -> None:
+    world = World(catalog(consumer("paint", 14000), consumer("chat", 9000)), quarantine_seconds=0)
+    expired(world)
+    assert world.broker.state.memory["paint"].tail
+    assert world.broker.state.quarantines == {}
+
+
+def test_where_another_lease_of_it_is_live_nothing_is_interrupted() -> None:
+    world = World(catalog(consumer("paint", 4000, at_once=2)))
+    other = world.grant("paint", ttl_seconds=100)
+    expired(world)
+    assert world.services["paint"].asked_to_interrupt == 0
+    assert world.broker.lease(other.token).alive(world.now)
+
+
+def test_a_lease_of_a_consumer_that_left_the_file_excludes_all_of_its_card(world: World) -> None:
+    lease = world.grant("paint", ttl_seconds=60)
+    world._settings = replace(world._settings, catalog=catalog(consumer("chat", 9000)))
+    world.restart()
+    chat = world.ask("chat", wait_seconds=500)
+    world.prepare()
+    assert chat.waits
+    assert [c["name"] for c in snapshot(world.broker)["consumers"]] == ["chat"]
+    assert world.broker.renew(lease.token, None)[0].consumer == "paint"
+    world.broker.release(lease.token)
+    world.prepare()
+    assert chat.lease().consumer == "chat"
+    assert set(world.broker.state.catalog.consumers) == {"chat"}
