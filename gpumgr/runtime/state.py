@@ -542,7 +542,6 @@ class State:
             remembered.evictions += victim.asked
             self.dirty.add(victim.consumer)
             remembered.used_since_unload = False
-            remembered.outlasted = False
             for ref in self.catalog.consumers[victim.consumer].gpus:
                 gpu = reading.gpu(ref)
                 held = None if gpu is None else gpu.held_mib(victim.consumer)
