@@ -33,7 +33,7 @@ CLOCKS_NS = 5 * MILLISECOND
 """What a wall clock of milliseconds may be off."""
 NOTED_NS = 100 * MILLISECOND
 """How long before its end an event's stamp may be: it is made with the lock down."""
-ARRIVAL_NS = 150 * MILLISECOND
+ARRIVAL_NS = 300 * MILLISECOND
 """From a request's departure to its number of arrival, on a machine whose two cores are busy."""
 GHOST_NS = SECOND
 FOREVER_NS = 1 << 62

@@ -248,8 +248,8 @@ def test_r6_the_later_one_first(right: Run) -> None:
 def test_r6_numbers_against_real_time(right: Run) -> None:
     """In order of fences, and still not in the order in which they came."""
     del right.calls[-1]
-    right.calls += [call("acquire", 4, 2000, 2500, until=2600), call("acquire", 3, 2300, 2400, until=2450)]
-    right.events += [grant(3, 2350, 2450), grant(4, 2490, 2600)]
+    right.calls += [call("acquire", 4, 2000, 2600, until=2700), call("acquire", 3, 2400, 2500, until=2550)]
+    right.events += [grant(3, 2450, 2550), grant(4, 2590, 2700)]
     assert broken(right) == {"R6"}
 
 
@@ -278,7 +278,7 @@ def refusal(inv: int, ok: int) -> Call:
 
 
 def test_r7_a_later_caller_was_served(right: Run) -> None:
-    right.calls.append(refusal(700, 1500))
+    right.calls.append(refusal(650, 1600))
     assert broken(right) == {"R7"}
 
 
