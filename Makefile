@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: setup install demo run test real lint type format bench clean
+.PHONY: setup install demo run test real lint type format bench torture clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gpumgr needs python3 >= 3.11: make PYTHON=python3.11"; exit 1; }
@@ -54,6 +54,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.test           ## the figures of docs/design.md; writes bench/results/
 	$(BIN)/python -m bench
+
+torture: $(VENV)/.test         ## the promises under kills, 60 s, then every broken broker, which must be caught: 4 min
+	$(BIN)/python -m tests.torture --seconds 60 --all
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

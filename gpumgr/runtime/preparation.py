@@ -459,7 +459,7 @@ class Preparation:
             self._waited = state.waited(ticket)
             lease = self._lease(state.leases.next_fence())
             kept = KeptLease(lease, self._target.vram_resident_mib)
-            event = state.event("grant", lease.consumer, **self._grant_facts(lease))
+            event = state.event("grant", lease.consumer, **self._grant_facts(lease), **self._stamps(lease))
             state.count_request(lease.consumer)
             totals = state.take_totals()
         try:
@@ -506,6 +506,16 @@ class Preparation:
             "fence": lease.fence,
             "waited_seconds": self._waited,
             "arrival": lease.seq,
+        }
+
+    def _stamps(self, lease: Lease) -> dict[str, Any]:
+        """For whoever compares the rows with what callers saw: which request it was, and from when until when the lease
+        was written down, in seconds of CLOCK_BOOTTIME, which every process of the machine reads alike."""
+        boot = lease.granted_at + self._world.clock.slept()
+        return {
+            "request_id": None if lease.request is None else lease.request.request_id,
+            "granted_boot": round(boot, 6),
+            "expires_boot": round(boot + lease.ttl_seconds, 6),
         }
 
 

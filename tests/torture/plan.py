@@ -1,0 +1,18 @@
+"""What a run is made of. Owns: these values. Must not: run anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tests.torture.clients import Manners
+from tests.torture.nemesis import Moods
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    seconds: float
+    seed: int = 1
+    clients: int = 16
+    manners: Manners = field(default_factory=Manners)
+    moods: Moods = field(default_factory=Moods)
+    drain_seconds: float = 15.0
