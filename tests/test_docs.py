@@ -76,6 +76,15 @@ def test_every_reason_to_wait_is_documented(reason: WaitingFor) -> None:
     assert f"`{reason.value}`" in API
 
 
+def test_tests_that_the_pages_name_exist() -> None:
+    named = re.findall(
+        r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    )
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test or 'test_'}" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
 def test_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"(?:`|    )make (\w+)", README):

@@ -437,6 +437,10 @@ class World(Stand):
         self.broker.state.believes = believes
         self.broker.observe_card()
 
+    def set_wall_clock(self, seconds: float) -> None:
+        """Somebody sets it, or NTP does."""
+        self._manual._began -= seconds
+
     def sleep(self, seconds: float) -> None:
         """The machine is suspended: monotonic time stands still."""
         self._manual.asleep += seconds

@@ -245,3 +245,29 @@ def test_a_lease_of_a_consumer_that_left_the_file_excludes_all_of_its_card(world
     world.prepare()
     assert chat.lease().consumer == "chat"
     assert set(world.broker.state.catalog.consumers) == {"chat"}
+
+
+# -- what else can go wrong ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [-86400, 86400])
+def test_a_wall_clock_that_jumps_ends_and_extends_nothing(world: World, seconds: float) -> None:
+    lease = world.grant("paint", ttl_seconds=60)
+    world.set_wall_clock(seconds)
+    assert world.broker.tick() == 0
+    assert world.broker.renew(lease.token, None)[0].expires_at == world.now + 60
+    world.pass_time(60, watchdog=True)
+    with pytest.raises(LeaseUnknown):
+        world.broker.renew(lease.token, None)
+
+
+def test_a_game_that_grows_during_an_unload_is_seen_before_the_grant(world: World) -> None:
+    world.services["chat"].take()
+    world.services["chat"].before_unload = lambda _: world.games[0].set_used(12000)
+    paint = world.ask("paint")
+    world.prepare()
+    world.prepare()  # what was unloaded may still be falling: it looks once more
+    error = paint.error()
+    assert error.code == "insufficient_vram"
+    assert [process["name"] for process in error.details["untracked"]] == ["game.exe"]
+    assert world.card.over_commits == 0
