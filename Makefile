@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: setup install demo run test real lint type format bench torture clean
+.PHONY: setup install demo run test real lint type format bench bench-etcd torture clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gpumgr needs python3 >= 3.11: make PYTHON=python3.11"; exit 1; }
@@ -54,6 +54,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.test           ## the figures of docs/design.md; writes bench/results/
 	$(BIN)/python -m bench
+
+bench-etcd: $(VENV)/.test      ## a durable lease against one of etcd (Debian: etcd-server); writes bench/results/etcd.json
+	$(BIN)/python -m bench.etcd
 
 torture: $(VENV)/.test         ## the promises under kills, 60 s, then every broken broker, which must be caught: 4 min
 	$(BIN)/python -m tests.torture --seconds 60 --all

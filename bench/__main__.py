@@ -10,7 +10,20 @@ import sys
 import time
 from collections.abc import Callable
 
-from bench import free_to_grant, handover, handover_eviction, idle, mixed, probing, proxy, renew, waiters, window
+from bench import (
+    free_to_grant,
+    ghosts,
+    handover,
+    handover_eviction,
+    idle,
+    mixed,
+    probing,
+    proxy,
+    renew,
+    restart,
+    waiters,
+    window,
+)
 from bench.figure import Figure, keep, table
 
 FIGURES: dict[str, Callable[[], Figure]] = {
@@ -24,6 +37,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "window": window.run,
     "mixed": mixed.run,
     "proxy": proxy.run,
+    "ghosts": ghosts.run,
+    "restart": restart.run,
 }
 
 
