@@ -7,8 +7,9 @@ be lost with the power, and not with the process, is written with ``NORMAL`` by 
 worker: SQLite's must not cross a fork. A call that fails leaves what it could not write in ``_owed``, and every later
 one writes that first, so that the file is true again with the first success.
 
-    meta      fence, boot_id
-    lease     one row for each that was ever granted, while it is live, in quarantine, or younger than a day
+    meta      boot_id
+    lease     one row for each grant, by its fence, while it is live, in quarantine, or ended less than a day ago; the
+              largest fence of all is the row that never goes
     intent    who is being unloaded for whom
     total     per consumer
     event     the last ones, as status shows them
@@ -44,18 +45,19 @@ EVENTS_SHOWN = 200
 EVENTS_OWED = 10_000
 LONGEST_FACTS = 4096
 LARGEST_WAL_BYTES = 4 * 2**20
+PAGE_BYTES = 1024
+"""A commit writes each page it touches, whole: a quarter of SQLite's usual size is a quarter to bring to the disk."""
 TRIM_EACH = 500
 """So many events are written between two looks at whether there are too many."""
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE lease (
-    lease_id TEXT PRIMARY KEY, token TEXT, consumer TEXT NOT NULL, holder TEXT, bearer TEXT, request_id TEXT,
-    gpus TEXT NOT NULL, gpu_uuids TEXT NOT NULL, sizes_mib TEXT NOT NULL, fence INTEGER NOT NULL UNIQUE,
-    ttl_seconds REAL NOT NULL, granted_at TEXT NOT NULL, boot_id TEXT NOT NULL, life TEXT NOT NULL,
-    state TEXT NOT NULL, ended_at TEXT, quarantined INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE INDEX lease_ended ON lease (ended_at);
+    fence INTEGER PRIMARY KEY, lease_id TEXT NOT NULL, token TEXT, consumer TEXT NOT NULL, holder TEXT, bearer TEXT,
+    request_id TEXT, gpus TEXT NOT NULL, gpu_uuids TEXT NOT NULL, sizes_mib TEXT NOT NULL, ttl_seconds REAL NOT NULL,
+    granted_at TEXT NOT NULL, boot_id TEXT NOT NULL, life TEXT NOT NULL, state TEXT NOT NULL, ended_at TEXT,
+    quarantined INTEGER NOT NULL DEFAULT 0
+);
 CREATE TABLE intent (life TEXT NOT NULL, seq INTEGER NOT NULL, target TEXT NOT NULL, victims TEXT NOT NULL);
 CREATE TABLE total (
     consumer TEXT PRIMARY KEY, requests INTEGER NOT NULL, evictions INTEGER NOT NULL, last_used_at TEXT
@@ -64,13 +66,6 @@ CREATE TABLE event (
     seq INTEGER PRIMARY KEY, at TEXT NOT NULL, life TEXT NOT NULL, type TEXT NOT NULL, consumer TEXT,
     facts TEXT NOT NULL
 );
-"""
-
-
-# Two grants on two cards are not written in the order of their fences.
-_RAISE_FENCE = """
-INSERT INTO meta VALUES ('fence', ?) ON CONFLICT (key)
-DO UPDATE SET value = max(CAST(value AS INTEGER), CAST(excluded.value AS INTEGER))
 """
 
 
@@ -141,6 +136,8 @@ class SqliteStore:
         self._owed: list[_Write] = []
         self._connection: sqlite3.Connection | None = None
         self._since_trim = 0
+        self._durable: bool | None = None
+        self._intended: set[int] = set()
 
     # -- the start ------------------------------------------------------------------------------------------
 
@@ -153,13 +150,14 @@ class SqliteStore:
             except BaseException:
                 connection.close()
                 raise
-            self._connection = connection
+            self._connection, self._durable = connection, None
             return kept
 
     def _connected(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         try:
             self.path.chmod(0o600)  # before the first token is in it; -wal and -shm get the same
+            connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # before there is a table
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute(f"PRAGMA journal_size_limit = {LARGEST_WAL_BYTES}")
@@ -179,7 +177,7 @@ class SqliteStore:
         connection.execute("DELETE FROM intent")
         self._forget_old(connection, today)
         kept = Kept(
-            fence=int(self._meta(connection, "fence") or 0),
+            fence=connection.execute("SELECT coalesce(max(fence), 0) FROM lease").fetchone()[0],
             leases=[
                 self._kept(row, now, today)
                 for row in _rows(connection, "SELECT * FROM lease WHERE state = 'live' OR quarantined ORDER BY fence")
@@ -254,33 +252,35 @@ class SqliteStore:
     def intend(self, seq: int, target: str, victims: Sequence[str]) -> None:
         values = (self.life, seq, target, json.dumps(list(victims)))
         self._write([_Write("INSERT INTO intent VALUES (?, ?, ?, ?)", values)])
+        self._intended.add(seq)
 
     def granted(self, kept: KeptLease, event: dict[str, Any], totals: Mapping[str, Total]) -> None:
         """Where it fails, nobody is told of the lease: what a disk may have of it all the same is taken out again."""
         lease, request = kept.lease, kept.lease.request
         values = (
-            *(lease.lease_id, lease.token, lease.consumer, lease.holder),
+            *(lease.fence, lease.lease_id, lease.token, lease.consumer, lease.holder),
             *((None, None) if request is None else (request.bearer, request.request_id)),
             *(json.dumps(list(each)) for each in (lease.gpus, lease.gpu_uuids, kept.sizes_mib)),
-            *(lease.fence, lease.ttl_seconds, self._clock.utc().isoformat(), self._boot, self.life, "live", None, 0),
+            *(lease.ttl_seconds, self._clock.utc().isoformat(), self._boot, self.life, "live", None, 0),
         )
         writes = [
-            _Write(_RAISE_FENCE, (str(lease.fence),)),
             _Write(f"INSERT INTO lease VALUES ({', '.join('?' * len(values))})", values),  # noqa: S608 - question marks
-            _Write("DELETE FROM intent WHERE life = ? AND seq = ?", (self.life, lease.seq)),
             *_of_totals(totals),
         ]
-        undo = _Write("DELETE FROM lease WHERE lease_id = ?", (lease.lease_id,))
+        if lease.seq in self._intended:
+            writes.append(_Write("DELETE FROM intent WHERE life = ? AND seq = ?", (self.life, lease.seq)))
+        undo = _Write("DELETE FROM lease WHERE fence = ?", (lease.fence,))
         self._write(writes, event, owed=[undo])
+        self._intended.discard(lease.seq)
 
     def ended(self, lease: Lease, reason: EndReason, event: dict[str, Any], *, quarantined: bool) -> None:
-        values = (reason.value, self._clock.utc().isoformat(), int(quarantined), lease.lease_id)
-        sql = "UPDATE lease SET state = ?, ended_at = ?, quarantined = ?, token = NULL WHERE lease_id = ?"
+        values = (reason.value, self._clock.utc().isoformat(), int(quarantined), lease.fence)
+        sql = "UPDATE lease SET state = ?, ended_at = ?, quarantined = ?, token = NULL WHERE fence = ?"
         writes = [_Write(sql, values)]
         self._write(writes, event, owed=writes)
 
     def raised(self, lease: Lease) -> None:
-        writes = [_Write("UPDATE lease SET ttl_seconds = ? WHERE lease_id = ?", (lease.ttl_seconds, lease.lease_id))]
+        writes = [_Write("UPDATE lease SET ttl_seconds = ? WHERE fence = ?", (lease.ttl_seconds, lease.fence))]
         self._write(writes, owed=writes)
 
     def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
@@ -327,7 +327,9 @@ class SqliteStore:
         connection = self._connection
         if connection is None:
             raise StoreError(f"{self.path} is not open")
-        connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        if durable is not self._durable:
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
         connection.execute("BEGIN IMMEDIATE")
         try:
             for write in writes:
@@ -355,19 +357,15 @@ class SqliteStore:
 
     @staticmethod
     def _forget_old(connection: sqlite3.Connection, today: datetime) -> None:
-        """As the book of leases does: after a day, and beyond a count."""
+        """As the book of leases does: after a day, and beyond a count. The largest fence stays: it is the last one that
+        was given."""
         a_day_ago = today - timedelta(seconds=LeaseBook.ENDED_KEPT_SECONDS)
-        connection.execute("DELETE FROM lease WHERE ended_at < ? AND NOT quarantined", (a_day_ago.isoformat(),))
+        over = "ended_at IS NOT NULL AND NOT quarantined AND fence < (SELECT max(fence) FROM lease)"
+        connection.execute(f"DELETE FROM lease WHERE {over} AND ended_at < ?", (a_day_ago.isoformat(),))  # noqa: S608
         connection.execute(
-            "DELETE FROM lease WHERE ended_at IS NOT NULL AND NOT quarantined AND lease_id NOT IN "
-            "(SELECT lease_id FROM lease WHERE ended_at IS NOT NULL ORDER BY ended_at DESC LIMIT ?)",
+            f"DELETE FROM lease WHERE {over} AND fence <= (SELECT max(fence) FROM lease) - ?",  # noqa: S608
             (LeaseBook.ENDED_KEPT_COUNT,),
         )
-
-    @staticmethod
-    def _meta(connection: sqlite3.Connection, key: str) -> str | None:
-        row = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return None if row is None else str(row[0])
 
     @staticmethod
     def _set_meta(connection: sqlite3.Connection, key: str, value: str) -> None:

@@ -81,6 +81,8 @@ class Broker:
             believes=settings.gpu.when_unreadable == "declared",
         )
         self._glance = False
+        self._looks_at_tails = False
+        """The observer looks again soon by itself."""
         self.started_at: datetime | None = None
         self._probe = probe
         self._dialects = dialects
@@ -428,7 +430,7 @@ class Broker:
             self.state.leave(call.seq, call.consumer)
             self.state.advance()
             held = round(self.clock.monotonic() - call.began_at, 3)
-        if look:
+        if look and not self._looks_at_tails:
             self._servers.nudge()
         self._keeper.nudge()
         under = "" if call.lease_id is None else f" lease_id={call.lease_id}"
@@ -560,7 +562,7 @@ class Broker:
             log.exception("the end of a lease could not be written down lease_id=%s", lease.lease_id)
         self.state.events.append(event)
         look = self._quarantined(lease) if quarantined else self._left(lease)
-        if look:
+        if look and not self._looks_at_tails:
             self._servers.nudge()
         log.info("%s consumer=%s %s", event["type"], lease.consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
 
@@ -683,6 +685,7 @@ class Broker:
                 self._look_at_work(name, dialect)
         with self.state.lock:
             working = any(m.reports_busy and (m.tail or m.busy) for m in self.state.memory.values())
+            self._looks_at_tails = working
         return TAIL_EACH_SECONDS / 2 if working else HEALTH_IN_USE_EACH_SECONDS / 2
 
     def _look_at_health(self, name: str, dialect: Dialect) -> None:
