@@ -137,6 +137,7 @@ class Page:
     title: str
     mode: str
     mode_means: str
+    store_error: str
     cards: Sequence[Card]
     leases: Rows[Lease]
     queue: Rows[Waiting]
@@ -183,6 +184,7 @@ class _Showing:
         return Page(
             title=_title(self),
             mode=mode,
+            store_error=_store_error(self.snapshot.get("store")),
             mode_means="" if mode == EVICTING else words.MODES.get(mode, "This page does not know what that means."),
             cards=[self.card(gpu) for gpu in self.gpus],
             leases=_rows(self.leases, self.lease),
@@ -313,6 +315,12 @@ class _Showing:
             words=said,
             facts=facts,
         )
+
+
+def _store_error(store: object) -> str:
+    """Empty where grants can be written down, or nothing is said of it."""
+    ok = not isinstance(store, Mapping) or store.get("ok") is not False
+    return "" if ok or not isinstance(store, Mapping) else plain(store.get("error") or "the store gives no reason")
 
 
 def _rows(facts: Sequence[Facts], shown: Any) -> Rows[Any]:

@@ -217,8 +217,9 @@ def _log_to_stderr() -> None:
     if not ours.handlers:
         stderr = logging.StreamHandler()
         stderr.setFormatter(logging.Formatter("[%(asctime)s] [%(threadName)s] [%(levelname)s] %(message)s"))
-        handler = DroppingHandler(queue.Queue(LOG_LINES_KEPT))
-        Writer(handler.queue, stderr).start()
+        lines: queue.Queue[Any] = queue.Queue(LOG_LINES_KEPT)
+        handler = DroppingHandler(lines)
+        Writer(lines, stderr).start()
         ours.addHandler(handler)
         ours.setLevel(logging.INFO)
         ours.propagate = False
@@ -228,9 +229,13 @@ class Writer(logging.handlers.QueueListener):
     """Lines that come close together are written together: a thread that wakes for each would take the interpreter from
     the request that has just said it."""
 
+    def __init__(self, lines: queue.Queue[Any], to: logging.Handler) -> None:
+        super().__init__(lines, to)
+        self._lines = lines
+
     def handle(self, record: logging.LogRecord) -> None:
         super().handle(record)
-        if self.queue.empty():
+        if self._lines.empty():
             time.sleep(WRITE_TOGETHER_SECONDS)
 
 

@@ -5,6 +5,7 @@ A mutant replaces one real rule by a wrong one. One that survives means that tes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,10 +30,12 @@ from gpumgr.runtime.preparation import Preparation
 from gpumgr.runtime.refusals import scheduler_timeout
 from gpumgr.runtime.state import State
 from gpumgr.runtime.ticket import Ask, Caller, Ticket
+from tests.core.model import WORN_MIB
 from tests.core.test_machine import BrokerMachine
+from tests.worlds import World, catalog, consumer
 
 HUNT = settings(
-    max_examples=2000,  # it ends with the first that notices; most need fewer than 100
+    max_examples=600,  # it ends with the first that notices; most need fewer than 100
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
@@ -45,6 +48,14 @@ HUNT = settings(
 
 Mutant = Callable[[pytest.MonkeyPatch], None]
 MUTANTS: dict[str, Mutant] = {}
+
+
+RARE: dict[str, Mutant] = {}
+
+
+def rare(install: Mutant) -> Mutant:
+    RARE[install.__name__] = install
+    return install
 
 
 def mutant(install: Mutant) -> Mutant:
@@ -142,13 +153,7 @@ def renew_revives(patch: pytest.MonkeyPatch) -> None:
         lease = self._live.get(token)
         return real(self, token, now) if lease is None else lease
 
-    def renew(self: LeaseBook, token: str, now: float, ttl_seconds: float | None) -> Lease:
-        lease = get(self, token, now)
-        ttl = lease.ttl_seconds if ttl_seconds is None else ttl_seconds
-        self._live[token] = dataclasses.replace(lease, ttl_seconds=ttl, expires_at=now + ttl)
-        return self._live[token]
-
-    patch.setattr(LeaseBook, "renew", renew)
+    patch.setattr(LeaseBook, "get", get)
 
 
 @mutant
@@ -224,7 +229,7 @@ def leaves_the_excluded_on_the_card(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(placement, "_excluded_residents", lambda _target, _view: [])
 
 
-@mutant
+@rare
 def always_insufficient(patch: pytest.MonkeyPatch) -> None:
     """Never says that a victim kept its memory."""
     patch.setattr(placement, "kept_or_insufficient", placement.insufficient)
@@ -238,7 +243,7 @@ def refuses_instead_of_waiting(patch: pytest.MonkeyPatch) -> None:
 # -- calls --------------------------------------------------------------------------------------------------
 
 
-@mutant
+@rare
 def a_call_goes_ahead_beside_a_lease(patch: pytest.MonkeyPatch) -> None:
     real = State.view
     patch.setattr(State, "view", lambda *a: dataclasses.replace(real(*a), leased=False))
@@ -344,7 +349,7 @@ def asks_once_for_ever(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Preparation, "_asked", asked)
 
 
-@mutant
+@rare
 def believes_an_answer_from_before_the_last_use(patch: pytest.MonkeyPatch) -> None:
     real = State.note_busy
 
@@ -354,7 +359,7 @@ def believes_an_answer_from_before_the_last_use(patch: pytest.MonkeyPatch) -> No
     patch.setattr(State, "note_busy", note_busy)
 
 
-@mutant
+@rare
 def believes_a_card_read_before_an_end(patch: pytest.MonkeyPatch) -> None:
     real = State.note_loading
 
@@ -376,12 +381,12 @@ def takes_a_hanging_report_for_idle(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(preparation, "ask_busy", ask_busy)
 
 
-@mutant
+@rare
 def forgets_a_tail_at_its_holder_s_end(patch: pytest.MonkeyPatch) -> None:
     real = State.note_used
 
-    def note_used(self: State, consumer: str) -> None:
-        real(self, consumer)
+    def note_used(self: State, consumer: str, *, granted: bool = True) -> None:
+        real(self, consumer, granted=granted)
         self.memory[consumer].tail = False
 
     patch.setattr(State, "note_used", note_used)
@@ -425,10 +430,69 @@ def once_busy_always_busy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Preparation, "_look", look)
 
 
-# -- a card that cannot be read -----------------------------------------------------------------------------
+# -- other lives, callers that have gone, quarantine ---------------------------------------------------------
 
 
 @mutant
+def nothing_is_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Broker, "_restore", lambda _self: None)
+
+
+@mutant
+def the_fence_begins_anew(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LeaseBook, "start_fence", lambda _self, _fence: None)
+
+
+@mutant
+def a_restart_gives_half_a_ttl(patch: pytest.MonkeyPatch) -> None:
+    real = LeaseBook.restore
+    patch.setattr(
+        LeaseBook,
+        "restore",
+        lambda self, lease, now: real(self, dataclasses.replace(lease, ttl_seconds=lease.ttl_seconds / 2), now),
+    )
+
+
+@mutant
+def a_raised_ttl_is_not_written(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Broker, "_write_ttl", lambda _self, _lease: None)
+
+
+@mutant
+def told_before_it_is_written(patch: pytest.MonkeyPatch) -> None:
+    """Who is told that a lease is over may find it live after a restart."""
+    patch.setattr(Broker, "_told_once", lambda _self: contextlib.nullcontext())
+
+
+@mutant
+def sleep_counts(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(State, "note_sleep", lambda _self: False)
+
+
+@mutant
+def a_caller_that_hung_up_is_granted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Preparation, "_require_caller", lambda _self: None)
+
+
+@mutant
+def a_withdrawn_request_keeps_its_place(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(State, "withdraw", lambda _self, _ticket: None)
+
+
+@rare
+def an_expired_holder_is_forgotten_at_once(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Broker, "_may_still_compute", lambda _self, _lease: False)
+
+
+@mutant
+def a_quarantine_never_ends(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Broker, "_end_quarantine", lambda _self, _quarantine, **_how: None)
+
+
+# -- a card that cannot be read -----------------------------------------------------------------------------
+
+
+@rare
 def grants_on_a_card_that_cannot_be_read(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(State, "_may_believe", lambda _self, _ticket: True)
 
@@ -446,6 +510,102 @@ def leaves_whom_it_cannot_see(patch: pytest.MonkeyPatch) -> None:
         return real(*a, driver_mib=driver_mib or 0, **facts)
 
     patch.setattr(state, "assess", assess)
+
+
+# -- too rare for a hunt: each has a story in which it shows --------------------------------------------------
+
+
+def a_holder_takes_its_memory_and_ends_while_the_card_is_read() -> None:
+    world = World(catalog(consumer("chat", 9000, beside=["talk"]), consumer("talk", 16000, beside=["chat"])))
+    lease = world.grant("chat")
+    read = world.probe.read
+
+    def read_just_before_that() -> Reading:
+        reading = read()
+        if world.broker.release(lease.token):
+            world.services["chat"].take()
+        return reading
+
+    world.probe.read = read_just_before_that  # type: ignore[method-assign]
+    talk = world.ask("talk")
+    world.prepare()
+    assert talk.lease().consumer == "talk"
+    assert world.services["chat"].used_mib() <= WORN_MIB, "granted on a card that was read before the end"
+
+
+def a_call_finds_no_room_beside_a_lease() -> None:
+    world = World(catalog(consumer("chat", 2000, beside=["talk"]), consumer("talk", 10000, beside=["chat"])))
+    world.grant("chat", loaded=True)
+    world.games[0].set_used(15000)
+    call = world.call("talk")
+    world.prepare()
+    assert call.waits, "over budget beside a lease"
+
+
+def a_lease_expires_and_its_holder_goes_on() -> None:
+    world = World(catalog(consumer("chat", 9000), consumer("paint", 14000)))
+    world.grant("chat", ttl_seconds=10, loaded=True)
+    world.services["chat"].computing = True
+    world.pass_time(10, watchdog=True)
+    assert [quarantine.consumer for quarantine in world.broker.state.quarantines.values()] == ["chat"]
+
+
+def a_victim_keeps_its_memory() -> None:
+    world = World(catalog(consumer("chat", 9000), consumer("paint", 14000)))
+    world.services["chat"].take()
+    world.services["chat"].lies = True
+    assert world.refusal("paint").code == "eviction_failed"
+
+
+def a_tail_has_not_taken_its_memory_yet() -> None:
+    world = World(catalog(consumer("chat", 9000, beside=["talk"]), consumer("talk", 16000, beside=["chat"])))
+    world.services["chat"].computing = False
+    preparation.ask_busy(world.broker.state, "chat", world.services["chat"])
+    lease = world.grant("chat")
+    world.services["chat"].computing = True
+    world.broker.release(lease.token)
+    talk = world.ask("talk", wait_seconds=60)
+    world.prepare()
+    assert talk.waits, "what the tail still takes was lent to another one"
+
+
+def a_holder_comes_and_goes_while_its_consumer_is_asked() -> None:
+    world = World(catalog(consumer("chat", 9000)))
+
+    def busy_later() -> bool:
+        world.broker.release(world.grant("chat").token)
+        return False  # it was idle when it was asked
+
+    world.services["chat"].busy = busy_later  # type: ignore[method-assign]
+    preparation.ask_busy(world.broker.state, "chat", world.services["chat"])
+    assert world.broker.state.memory["chat"].tail
+
+
+def nobody_can_read_the_card() -> None:
+    world = World(catalog(consumer("chat", 9000)))
+    world.card.unreadable = "the driver is gone"
+    chat = world.ask("chat")
+    world.prepare()
+    assert not isinstance(chat.answer, Lease), "granted without a look"
+
+
+STORIES = {
+    "always_insufficient": a_victim_keeps_its_memory,
+    "forgets_a_tail_at_its_holder_s_end": a_tail_has_not_taken_its_memory_yet,
+    "believes_an_answer_from_before_the_last_use": a_holder_comes_and_goes_while_its_consumer_is_asked,
+    "grants_on_a_card_that_cannot_be_read": nobody_can_read_the_card,
+    "believes_a_card_read_before_an_end": a_holder_takes_its_memory_and_ends_while_the_card_is_read,
+    "a_call_goes_ahead_beside_a_lease": a_call_finds_no_room_beside_a_lease,
+    "an_expired_holder_is_forgotten_at_once": a_lease_expires_and_its_holder_goes_on,
+}
+
+
+@pytest.mark.parametrize("name", sorted(RARE))
+def test_its_story_notices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    STORIES[name]()
+    RARE[name](monkeypatch)
+    with pytest.raises(AssertionError):
+        STORIES[name]()
 
 
 @pytest.mark.parametrize("name", sorted(MUTANTS))
