@@ -36,6 +36,7 @@ class Manners:
     """Shares of all cycles; what is left behaves."""
 
     impatient: float = 0.08
+    thinks_better: float = 0.3
     crashes: float = 0.02
     repeats: float = 0.15
     renews_after_release: float = 0.05
@@ -152,9 +153,7 @@ class Client:
         request_id = str(uuid.UUID(int=self._draw.getrandbits(128), version=4))
         asked = self._asked(request_id)
         if drawn < manners.impatient:
-            held = self._acquire(asked, leaves_after=self._draw.uniform(0.02, 0.2))
-            if held is not None:
-                self._release(held)
+            self._lose_patience(asked)
             return
         held = self._acquire(asked)
         if held is None:
@@ -185,6 +184,15 @@ class Client:
         self._release(held)
         if self._draw.random() < self._manners.renews_after_release:
             self._renew(held)
+
+    def _lose_patience(self, asked: dict[str, Any]) -> None:
+        """It hangs up while it waits; some think better of it, and ask again for what may be theirs by then."""
+        held = self._acquire(asked, leaves_after=self._draw.uniform(0.02, 0.2))
+        if held is None and self._draw.random() < self._manners.thinks_better:
+            self._pause(self._draw.uniform(0.0, 0.4))
+            held = self._acquire(asked)
+        if held is not None:
+            self._release(held)
 
     def _crash(self, held: Held) -> None:
         """It vanishes without a word, and comes back when its lease is over, believing that it still holds."""

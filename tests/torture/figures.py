@@ -9,7 +9,7 @@ from bench.figure import quantile
 from tests.torture.checker import granted, stamp_ns
 from tests.torture.history import MILLISECOND, Run
 
-DEADLY = ("kill master and worker", "kill worker")
+DEADLY = ("kill master and worker", "kill master", "kill worker")
 
 
 def figures(run: Run) -> str:

@@ -150,7 +150,7 @@ class Recorder:
 
     def __init__(self, path: Path) -> None:
         self.run = Run()
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("w", encoding="utf-8", buffering=1)  # a line at once
         self._turn = threading.Lock()
 
     def add(self, record: Call | Fault | Truth | Final) -> None:

@@ -31,9 +31,9 @@ from tests.torture.nemesis import Moods
 from tests.torture.plan import Plan
 
 ENV = "GPUMGR_TORTURE_MUTANT"
-LATE_SECONDS = 0.15
+LATE_SECONDS = 0.3
 QUIET = Moods(every_seconds=(3.0, 5.0))
-KILLS = Moods(every_seconds=(0.4, 1.0), weights=(0.5, 0.5, 0.0, 0.0))
+KILLS = Moods(every_seconds=(0.4, 1.0), weights=(0.3, 0.2, 0.5, 0.0, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ def no_idempotency() -> None:
     _put(LeaseBook, "of_request", lambda _self, _key, _consumer, _now: None)
 
 
-@mutant("R11", manners=Manners(impatient=0.3, wait_seconds=4), moods=QUIET)
+@mutant("R11", manners=Manners(impatient=0.3, thinks_better=0, wait_seconds=4), moods=QUIET)
 def ghost_waiter() -> None:
     """A caller that hangs up while it waits is never missed."""
 
