@@ -45,6 +45,8 @@ EVENTS_SHOWN = 200
 EVENTS_OWED = 10_000
 LONGEST_FACTS = 4096
 LARGEST_WAL_BYTES = 4 * 2**20
+WAL_BYTES = 1100 * 1000
+"""A checkpoint comes with the 1000th page."""
 PAGE_BYTES = 1024
 """A commit writes each page it touches, whole: a quarter of SQLite's usual size is a quarter to bring to the disk."""
 TRIM_EACH = 500
@@ -164,10 +166,21 @@ class SqliteStore:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+            self._make_room(connection)
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def _make_room(self, connection: sqlite3.Connection) -> None:
+        """The WAL has its whole size from the start, as it is written over from its beginning after each checkpoint: a
+        commit that makes a file larger waits for the file system's own journal too (0.3 ms instead of 0.2, ext4)."""
+        wal = self.path.with_name(f"{FILE}-wal")
+        if not wal.exists() or wal.stat().st_size < WAL_BYTES:
+            connection.execute("CREATE TABLE IF NOT EXISTS room (x)")
+            connection.execute("INSERT INTO room VALUES (zeroblob(?))", (WAL_BYTES,))
+            connection.execute("DROP TABLE room")
+            connection.execute("PRAGMA wal_checkpoint(RESTART)")
 
     def _load(self, connection: sqlite3.Connection) -> Kept:
         now, today = self._clock.monotonic(), self._clock.utc()

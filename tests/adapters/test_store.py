@@ -203,6 +203,7 @@ def test_a_disk_without_room_is_a_store_error_and_heals(disk: Disk) -> None:
     store = disk.life()
     store.open()
     assert store._connection is not None
+    store._connection.execute("VACUUM")
     (pages,) = store._connection.execute("PRAGMA page_count").fetchone()
     store._connection.execute(f"PRAGMA max_page_count = {pages + 1}")  # what ENOSPC does, without a disk of our own
     for _ in range(20):
