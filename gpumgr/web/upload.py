@@ -10,9 +10,10 @@ wait for its next 64 KiB; here its two readers are asked for what has come (guni
 from __future__ import annotations
 
 import socket
+import ssl
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from flask import Flask, Request, Response, request
@@ -59,8 +60,13 @@ def _is_broken(reader: Any) -> bool:
     return isinstance(reader, ChunkedReader) and reader.parser.gi_frame is None
 
 
+class _Unwanted(Exception):
+    """The consumer will not read the rest."""
+
+
 class Upload:
-    """``chunked`` and ``length``: how the caller announced it; neither where there is none."""
+    """``chunked`` and ``length``: how the caller announced it; neither where there is none. ``unwanted``: ``beside`` ended
+    it early."""
 
     def __init__(self, request: Request, sock: socket.socket | None) -> None:
         """Raises: InvalidRequest where it is coded in a way that would be lost."""
@@ -70,7 +76,9 @@ class Upload:
             raise InvalidRequest("Transfer-Encoding must be chunked, or left out", field="Transfer-Encoding")
         self.chunked = coding == "chunked"
         self.length: str | None = None if self.chunked else environ.get("CONTENT_LENGTH") or None
+        self.unwanted = False
         self._sock = sock
+        self._body = environ["wsgi.input"]
         self._arriving = _arriving(request)
         self._broken = False
 
@@ -79,9 +87,31 @@ class Upload:
         while piece := self._next():
             yield piece
 
+    @contextmanager
+    def beside(self, wait: Callable[[int], bool]) -> Iterator[None]:
+        """Within, ``wait`` waits for the caller's socket before each read from it; where it says False, the body ends."""
+        sock = self._sock
+        if sock is None or not isinstance(self._body, Body):
+            yield
+            return
+
+        def wait_or_end() -> None:
+            if not (isinstance(sock, ssl.SSLSocket) and sock.pending()) and not wait(sock.fileno()):
+                raise _Unwanted
+
+        unreader = self._body.gpumgr_request.unreader
+        unreader.wait = wait_or_end
+        try:
+            yield
+        finally:
+            unreader.wait = None
+
     def _next(self) -> bytes:
         try:
             return next(self._arriving, b"")
+        except _Unwanted:
+            self.unwanted = True
+            return b""
         except TimeoutError:
             self._broken = True
             limit = 0.0 if self._sock is None else self._sock.gettimeout() or 0.0

@@ -26,6 +26,7 @@ from __future__ import annotations
 import errno
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from http import HTTPStatus
 from typing import Any
@@ -64,8 +65,12 @@ class _Punctual(SocketUnreader):  # type: ignore[misc]  # gunicorn has no types
     """Reads from the socket until an instant, and no longer. ``until`` None: without a limit of its own."""
 
     until: float | None = None
+    wait: Callable[[], None] | None = None
+    """Called before each read, and may raise instead: upload.py looks at something else meanwhile."""
 
     def chunk(self) -> Any:
+        if self.wait is not None:
+            self.wait()
         if self.until is None:
             return super().chunk()
         try:
