@@ -65,8 +65,8 @@ class _Unwanted(Exception):
 
 
 class Upload:
-    """``chunked`` and ``length``: how the caller announced it; neither where there is none. ``unwanted``: ``beside`` ended
-    it early."""
+    """``chunked`` and ``length``: how the caller announced it; neither where there is none. ``unwanted``: ended early
+    by ``beside``."""
 
     def __init__(self, request: Request, sock: socket.socket | None) -> None:
         """Raises: InvalidRequest where it is coded in a way that would be lost."""
@@ -89,7 +89,7 @@ class Upload:
 
     @contextmanager
     def beside(self, wait: Callable[[int], bool]) -> Iterator[None]:
-        """Within, ``wait`` waits for the caller's socket before each read from it; where it says False, the body ends."""
+        """Within, ``wait`` waits for the caller's socket before each read; where it says False, the body ends."""
         sock = self._sock
         if sock is None or not isinstance(self._body, Body):
             yield
