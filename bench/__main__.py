@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from bench import free_to_grant, handover, handover_eviction, idle, mixed, probing, proxy, renew, waiters, window
+from bench import flood, free_to_grant, handover, handover_eviction, idle, mixed, probing, proxy, renew, waiters, window
 from bench.figure import Figure, keep, table
 
 FIGURES: dict[str, Callable[[], Figure]] = {
@@ -18,6 +18,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "handover_eviction": handover_eviction.run,
     "free_to_grant": free_to_grant.run,
     "renew": renew.run,
+    "flood": flood.run,
     "waiters": waiters.run,
     "idle": idle.run,
     "probing": probing.run,
