@@ -1,5 +1,6 @@
-"""gunicorn's gthread worker, without its cost per waiting request, without a wait for bodies nobody wants or for
-heads that never end, without a traceback for callers that stand still, and with our own words for what it cannot read.
+"""gunicorn's gthread worker, with our own threads (pool.py), without its cost per waiting request, without a wait
+for bodies nobody wants or for heads that never end, without a traceback for callers that stand still, and with our own
+words for what it cannot read.
 
 The cost: gunicorn 23 gthread.py, ``ThreadWorker.run``: after every event the main loop calls
 ``concurrent.futures.wait`` on all requests that have not ended, which locks each of them. With 1 000 waiters that made
@@ -36,6 +37,7 @@ from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers.gthread import ThreadWorker
 
 from gpumgr.errors import GpumgrError, InternalError, InvalidRequest
+from gpumgr.web.pool import Pool
 from gpumgr.web.upload import is_left
 
 HEAD_SECONDS = 10.0
@@ -86,6 +88,9 @@ class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pending: set[Future[Any]] = set()
         super().__init__(*args, **kwargs)
+
+    def get_thread_pool(self) -> Pool:
+        return Pool(self.cfg.threads)
 
     @property
     def futures(self) -> set[Future[Any]]:
