@@ -36,14 +36,18 @@ http {{
         client_max_body_size 0;
         client_header_timeout {client_timeout_seconds}s;
         client_body_timeout {client_timeout_seconds}s;
+        proxy_http_version 1.1;
+        proxy_set_header Host $http_host;
+        proxy_set_header Connection "";
+        proxy_buffering off;
+        proxy_read_timeout 750s;
         location / {{
             proxy_pass http://127.0.0.1:{upstream_port};
-            proxy_http_version 1.1;
-            proxy_set_header Host $http_host;
-            proxy_set_header Connection "";
-            proxy_buffering off;
             proxy_request_buffering off;
-            proxy_read_timeout 750s;
+        }}
+        location /v1/lease {{
+            proxy_pass http://127.0.0.1:{upstream_port};
+            client_max_body_size 1m;
         }}
     }}
 }}

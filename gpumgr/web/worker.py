@@ -76,7 +76,10 @@ class _Punctual(SocketUnreader):  # type: ignore[misc]  # gunicorn has no types
         if self.until is None:
             return super().chunk()
         try:
-            self.sock.settimeout(max(0.001, self.until - time.monotonic()))
+            left = self.until - time.monotonic()
+            if left <= 0:  # also where there is always one more byte
+                raise TimeoutError
+            self.sock.settimeout(left)
             return super().chunk()
         except TimeoutError as error:
             raise ConnectionResetError(errno.ECONNRESET, "its head did not come in time") from error
@@ -85,6 +88,8 @@ class _Punctual(SocketUnreader):  # type: ignore[misc]  # gunicorn has no types
 
 
 class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
+    head_seconds = HEAD_SECONDS
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pending: set[Future[Any]] = set()
         super().__init__(*args, **kwargs)
@@ -113,7 +118,7 @@ class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     def handle(self, conn: Any) -> tuple[bool, Any]:
         if not isinstance(conn.parser.unreader, _Punctual):
             conn.parser.unreader = _Punctual(conn.sock)
-        conn.parser.unreader.until = time.monotonic() + HEAD_SECONDS
+        conn.parser.unreader.until = time.monotonic() + self.head_seconds
         keepalive, conn = super().handle(conn)
         return keepalive and not is_left(conn.parser.mesg.body.reader), conn
 
