@@ -17,8 +17,8 @@ proc_name = "gpumgr"
 
 # One process holds the leases; a second worker would grant the same GPU again.
 workers = 1
-# gthread; this subclass of it has its threads from the start, lets renews on kept connections go ahead of newcomers, and
-# does not look at every waiting request whenever any request ends.
+# gthread; this subclass of it has its threads from the start, lets renews on kept connections go ahead of newcomers,
+# and does not look at every waiting request whenever any request ends.
 worker_class = "gpumgr.web.worker.LeaseWorker"
 # Waiters cost a thread each; threads - reserved_threads of them may wait, the rest answer renew, release and status.
 threads = settings.server.threads
