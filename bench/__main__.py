@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from bench import (
+    flood,
     free_to_grant,
     ghosts,
     handover,
@@ -31,6 +32,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "handover_eviction": handover_eviction.run,
     "free_to_grant": free_to_grant.run,
     "renew": renew.run,
+    "flood": flood.run,
     "waiters": waiters.run,
     "idle": idle.run,
     "probing": probing.run,

@@ -187,12 +187,13 @@ class Rig:
         self._stack = stack
         self._brokers = 0
 
-    def broker(self, **server: Any) -> RunningBroker:
-        """A started one; ``server`` are keys of that section, else as an operator has it by default."""
+    def broker(self, *, lease: dict[str, Any] | None = None, **server: Any) -> RunningBroker:
+        """A started one; ``server`` and ``lease`` are keys of these sections, else as an operator has it by default."""
         self._brokers += 1
         directory = self._directory / f"broker-{self._brokers}"
         directory.mkdir()
         config = self._config | {"server": self._config["server"] | server}
+        config |= {} if lease is None else {"lease": lease}
         return self._stack.enter_context(RunningBroker(directory, config))
 
     def line(self, broker: RunningBroker, consumer: str, waiting: int = 0) -> Line:

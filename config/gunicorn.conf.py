@@ -17,13 +17,16 @@ proc_name = "gpumgr"
 
 # One process holds the leases; a second worker would grant the same GPU again.
 workers = 1
-# gthread; this subclass of it does not look at every waiting request whenever any request ends.
+# gthread; this subclass of it has its threads from the start, lets renews on kept connections go ahead of newcomers,
+# and does not look at every waiting request whenever any request ends.
 worker_class = "gpumgr.web.worker.LeaseWorker"
 # Waiters cost a thread each; threads - reserved_threads of them may wait, the rest answer renew, release and status.
 threads = settings.server.threads
 # Counts open connections, kept-alive ones too. At the limit gunicorn stops accepting, renews included; without a free
 # descriptor its worker dies, so that the limit stays below the process's own.
 worker_connections = min(max(4096, 2 * threads), server.raise_descriptor_limit() - 128)
+# Who connects waits here until the main loop accepts it, some 1 ms each while it is busy. Beyond the backlog (or the
+# system's net.core.somaxconn) a connect is dropped, and its caller's system tries again after a second.
 backlog = 2048
 
 # Not a request time-out (gthread beats from its main loop, whatever the requests do): it ends a stuck main loop.

@@ -25,6 +25,7 @@ from functools import cache
 from urllib.parse import quote, urlsplit
 
 from gpumgr.adapters.dialects import REGISTERED
+from gpumgr.adapters.early import Early
 from gpumgr.config import ConsumerSettings, ProxySettings
 from gpumgr.runtime.ports import BackendError, BackendReason
 
@@ -115,6 +116,7 @@ class Exchange:
         self.upstream = upstream
         self._limits = limits
         self._sock: socket.socket | None = None
+        self._early: Early | None = None
         self._response: _Response | None = None
         self._method = ""
         self._chunked = False
@@ -148,6 +150,18 @@ class Exchange:
         if not piece:  # as a chunk it would be the last one
             return True
         return self._push(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
+
+    def wait_beside(self, fd: int, seconds: float) -> bool:
+        """Until there is something to read from ``fd``, where the rest of the request's body comes from. False: it
+        refuses, or has gone, before it has the whole; see ``answer`` what it said.
+
+        Raises: BackendError; TimeoutError where nothing happens.
+        """
+        if self._unsent and not _is_readable(fd) and not self._push(b""):  # the head may be enough for a refusal
+            return False
+        if self._early is None:
+            self._early = Early(self._connected(), tls=self.upstream.tls)
+        return self._early.until_readable(fd, seconds)
 
     def answer(self, *, whole: bool = True) -> Head:
         """What the answer begins with, when it has come. ``whole``: the request's body was sent to its end."""
@@ -283,6 +297,12 @@ class Exchange:
 
     def _error(self, reason: BackendReason, what: str) -> BackendError:
         return BackendError(reason, f"{self.upstream.consumer} at {self.upstream.url} {what}")
+
+
+def _is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def shut(sock: socket.socket) -> None:

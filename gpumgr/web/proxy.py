@@ -160,7 +160,9 @@ class _Passage:
         upstream = self._exchange.upstream
         headers = passing.request_headers(request.environ, upstream, upload.length)
         self._exchange.ask(request.environ["REQUEST_METHOD"], target, headers, chunked=upload.chunked)
-        whole = all(map(self._exchange.send, upload))
+        stall_seconds = self._proxy.broker.settings.proxy.stall_timeout_seconds
+        with upload.beside(lambda fd: self._exchange.wait_beside(fd, stall_seconds)):
+            whole = all(map(self._exchange.send, upload)) and not upload.unwanted
         return self._exchange.answer(whole=whole)
 
     def _failed(self, error: BackendError) -> GpumgrError:

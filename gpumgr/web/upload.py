@@ -10,9 +10,10 @@ wait for its next 64 KiB; here its two readers are asked for what has come (guni
 from __future__ import annotations
 
 import socket
+import ssl
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from flask import Flask, Request, Response, request
@@ -59,8 +60,13 @@ def _is_broken(reader: Any) -> bool:
     return isinstance(reader, ChunkedReader) and reader.parser.gi_frame is None
 
 
+class _Unwanted(Exception):
+    """The consumer will not read the rest."""
+
+
 class Upload:
-    """``chunked`` and ``length``: how the caller announced it; neither where there is none."""
+    """``chunked`` and ``length``: how the caller announced it; neither where there is none. ``unwanted``: ended early
+    by ``beside``."""
 
     def __init__(self, request: Request, sock: socket.socket | None) -> None:
         """Raises: InvalidRequest where it is coded in a way that would be lost."""
@@ -70,7 +76,9 @@ class Upload:
             raise InvalidRequest("Transfer-Encoding must be chunked, or left out", field="Transfer-Encoding")
         self.chunked = coding == "chunked"
         self.length: str | None = None if self.chunked else environ.get("CONTENT_LENGTH") or None
+        self.unwanted = False
         self._sock = sock
+        self._body = environ["wsgi.input"]
         self._arriving = _arriving(request)
         self._broken = False
 
@@ -79,9 +87,23 @@ class Upload:
         while piece := self._next():
             yield piece
 
+    @contextmanager
+    def beside(self, wait: Callable[[int], bool]) -> Iterator[None]:
+        """Within, ``wait`` waits for the caller's socket before each read; where it says False, the body ends."""
+
+        def wait_or_end(sock: socket.socket) -> None:
+            if not (isinstance(sock, ssl.SSLSocket) and sock.pending()) and not wait(sock.fileno()):
+                raise _Unwanted
+
+        with _before_each_read(self._body, self._sock, wait_or_end):
+            yield
+
     def _next(self) -> bytes:
         try:
             return next(self._arriving, b"")
+        except _Unwanted:
+            self.unwanted = True
+            return b""
         except TimeoutError:
             self._broken = True
             limit = 0.0 if self._sock is None else self._sock.gettimeout() or 0.0
@@ -95,38 +117,59 @@ class Upload:
         that is closed over unread bytes is reset, which may overtake the answer."""
         if self._broken or self._sock is None:
             return
-        limit = self._sock.gettimeout()
-        until = time.monotonic() + within_seconds
-        self._sock.settimeout(within_seconds)
         dropped = 0
-        with suppress(OSError, ParseException):
+        with _within(self._body, self._sock, within_seconds, DROP_SECONDS), suppress(OSError, ParseException):
             while dropped < LARGEST_DROPPED_BYTES and (piece := next(self._arriving, b"")):
                 dropped += len(piece)
-                self._sock.settimeout(max(0.0, until - time.monotonic()))
-        self._sock.settimeout(limit)
 
 
 def read_within(request: Request, seconds: float, at_most_bytes: int) -> bytes:
     """A small body, whole. Raises: InvalidRequest where it has not come to its end, or to the limit, in time."""
-    sock = request.environ.get("gunicorn.socket")
-    until = time.monotonic() + seconds
+    environ = request.environ
     arriving, came = _arriving(request), bytearray()
     try:
-        while len(came) < at_most_bytes:
-            if sock is not None:
-                sock.settimeout(max(0.001, until - time.monotonic()))
-            piece = next(arriving, b"")
-            if not piece:
-                break
-            came += piece
+        with _within(environ["wsgi.input"], environ.get("gunicorn.socket"), seconds):
+            while len(came) < at_most_bytes and (piece := next(arriving, b"")):
+                came += piece
     except TimeoutError:
         raise InvalidRequest(f"the body did not come within {seconds:g} s") from None
     except (OSError, ParseException):
         raise InvalidRequest("the body ended before it was whole, or its chunks cannot be read") from None
+    return bytes(came)
+
+
+@contextmanager
+def _within(body: Any, sock: socket.socket | None, seconds: float, spare_seconds: float = 0.0) -> Iterator[None]:
+    """All reads together wait no longer than that, however many make one piece: a limit for each would be none for a
+    caller that trickles. With ``spare_seconds``, what is there already may be read for so much longer."""
+    until = time.monotonic() + seconds
+
+    def hurry(sock: socket.socket) -> None:
+        left = until - time.monotonic()
+        if left <= -spare_seconds:
+            raise TimeoutError
+        sock.settimeout(max(0.0, left))
+
+    limit = None if sock is None else sock.gettimeout()
+    try:
+        with _before_each_read(body, sock, hurry):
+            yield
     finally:
         if sock is not None:
-            sock.settimeout(None)
-    return bytes(came)
+            sock.settimeout(limit)
+
+
+@contextmanager
+def _before_each_read(body: Any, sock: socket.socket | None, wait: Callable[[socket.socket], None]) -> Iterator[None]:
+    if sock is None or not isinstance(body, Body):  # flask's own server
+        yield
+        return
+    unreader = body.gpumgr_request.unreader
+    unreader.wait = lambda: wait(sock)
+    try:
+        yield
+    finally:
+        unreader.wait = None
 
 
 def _arriving(request: Request) -> Iterator[bytes]:

@@ -1,5 +1,6 @@
-"""gunicorn's gthread worker, without its cost per waiting request, without a wait for bodies nobody wants or for
-heads that never end, without a traceback for callers that stand still, and with our own words for what it cannot read.
+"""gunicorn's gthread worker, with our own threads (pool.py), without its cost per waiting request, without a wait
+for bodies nobody wants or for heads that never end, without a traceback for callers that stand still, and with our own
+words for what it cannot read.
 
 The cost: gunicorn 23 gthread.py, ``ThreadWorker.run``: after every event the main loop calls
 ``concurrent.futures.wait`` on all requests that have not ended, which locks each of them. With 1 000 waiters that made
@@ -26,6 +27,7 @@ from __future__ import annotations
 import errno
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from http import HTTPStatus
 from typing import Any
@@ -35,6 +37,7 @@ from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers.gthread import ThreadWorker
 
 from gpumgr.errors import GpumgrError, InternalError, InvalidRequest
+from gpumgr.web.pool import Pool
 from gpumgr.web.upload import is_left
 
 HEAD_SECONDS = 10.0
@@ -64,12 +67,19 @@ class _Punctual(SocketUnreader):  # type: ignore[misc]  # gunicorn has no types
     """Reads from the socket until an instant, and no longer. ``until`` None: without a limit of its own."""
 
     until: float | None = None
+    wait: Callable[[], None] | None = None
+    """Called before each read, and may raise instead: upload.py looks at something else meanwhile."""
 
     def chunk(self) -> Any:
+        if self.wait is not None:
+            self.wait()
         if self.until is None:
             return super().chunk()
         try:
-            self.sock.settimeout(max(0.001, self.until - time.monotonic()))
+            left = self.until - time.monotonic()
+            if left <= 0:  # also where there is always one more byte
+                raise TimeoutError
+            self.sock.settimeout(left)
             return super().chunk()
         except TimeoutError as error:
             raise ConnectionResetError(errno.ECONNRESET, "its head did not come in time") from error
@@ -78,9 +88,14 @@ class _Punctual(SocketUnreader):  # type: ignore[misc]  # gunicorn has no types
 
 
 class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
+    head_seconds = HEAD_SECONDS
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pending: set[Future[Any]] = set()
         super().__init__(*args, **kwargs)
+
+    def get_thread_pool(self) -> Pool:
+        return Pool(self.cfg.threads)
 
     @property
     def futures(self) -> set[Future[Any]]:
@@ -103,7 +118,7 @@ class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     def handle(self, conn: Any) -> tuple[bool, Any]:
         if not isinstance(conn.parser.unreader, _Punctual):
             conn.parser.unreader = _Punctual(conn.sock)
-        conn.parser.unreader.until = time.monotonic() + HEAD_SECONDS
+        conn.parser.unreader.until = time.monotonic() + self.head_seconds
         keepalive, conn = super().handle(conn)
         return keepalive and not is_left(conn.parser.mesg.body.reader), conn
 

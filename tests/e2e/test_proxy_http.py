@@ -409,6 +409,84 @@ def test_an_answer_that_comes_before_the_body_was_read_is_passed_on(world: World
     assert (answer.status, answer.body) == (413, b"too large")
 
 
+PAUSED = {
+    "length": ("Content-Length: 100", b"abc"),
+    "length, nothing": ("Content-Length: 100", b""),
+    "chunk": ("Transfer-Encoding: chunked", b"3\r\nabc\r\n"),
+    "in a chunk": ("Transfer-Encoding: chunked", b"64\r\nabc"),
+    "in its size": ("Transfer-Encoding: chunked", b"3\r\nabc\r\n6"),
+    "chunked, nothing": ("Transfer-Encoding: chunked", b""),
+}
+"""Uploads that stand still: a header, and what is sent of the body. Their limit is longer than a test's patience."""
+
+
+@pytest.mark.parametrize("framing", PAUSED)
+@pytest.mark.parametrize("then", ["closes", "stays", "resets"])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_refusal_is_passed_on_while_the_upload_pauses(
+    world: World, caller: Caller, framing: str, then: str, pieces: int
+) -> None:
+    refusal = whole(b"too large", status="413 Payload Too Large")
+
+    def script(visit: Visit) -> None:
+        visit.say(refusal[: 5 * (pieces - 1)])
+        visit.over.wait(0.02)
+        visit.say(refusal[5 * (pieces - 1) :])
+        if then == "stays":
+            visit.until_gone()
+        elif then == "resets":
+            visit.reset()
+
+    world.raw.script = script
+    header, body = PAUSED[framing]
+    answer = caller.ask("POST", "/v1/raw/x", header, body=body).answer()
+    assert world.in_use() is None
+    assert (answer.status, answer.body) == (413, b"too large")
+    assert answer.header("Connection") == ["close"]
+    assert caller.rest() == b""
+
+
+@pytest.mark.parametrize("framing", PAUSED)
+@pytest.mark.parametrize("how", ["closes", "resets"])
+def test_a_consumer_that_dies_while_the_upload_pauses_is_502(
+    world: World, caller: Caller, framing: str, how: str
+) -> None:
+    world.raw.script = Visit.reset if how == "resets" else Visit.close
+    header, body = PAUSED[framing]
+    answer = caller.ask("POST", "/v1/raw/x", header, body=body).answer()
+    assert world.in_use() is None
+    assert (answer.status, answer.error["code"]) == (502, "upstream_unreachable")
+
+
+def test_a_consumer_that_has_answered_and_gone_ends_the_upload(world: World, caller: Caller) -> None:
+    world.raw.script = lambda visit: visit.say(whole(b"enough"))
+    assert caller.ask("POST", "/v1/raw/x", "Content-Length: 100", body=b"abc").answer().body == b"enough"
+    assert world.in_use() is None
+
+
+@pytest.mark.parametrize("early", [b"HTTP/1.1 100 Continue\r\n\r\n", OK, b"HTTP"])
+def test_a_consumer_may_begin_its_answer_while_it_listens(world: World, caller: Caller, early: bytes) -> None:
+    begun, heard = threading.Event(), []
+    rest = whole(b"heard").removeprefix(early)
+
+    def script(visit: Visit) -> None:
+        heard.append(visit.take(3))
+        visit.say(early)
+        begun.set()
+        heard.extend(visit.take(3) for _ in range(3))
+        visit.say(rest)
+
+    world.raw.script = script
+    caller.ask("POST", "/v1/raw/x", "Content-Length: 12", body=b"abc")
+    assert begun.wait(LONG_WAIT_SECONDS)
+    for piece in (b"def", b"ghi", b"jkl"):
+        until(lambda: world.in_use() == "proxy")
+        caller.say(piece)
+    answer = caller.answer()
+    assert (answer.status, answer.body) == (200, b"heard")
+    assert heard == [b"abc", b"def", b"ghi", b"jkl"]
+
+
 @pytest.mark.parametrize("body", [b"5\r\nhel", b"ZZ\r\nhello\r\n0\r\n\r\n", b"5\r\nhelloXX0\r\n\r\n"])
 def test_a_broken_body_is_the_callers_fault(world: World, body: bytes) -> None:
     with Caller(world.port) as caller:

@@ -77,6 +77,20 @@ def test_a_connection_that_ends_without_goodbye_breaks_the_answer(world: World) 
         world.post(b"")
 
 
+# With TLS only the end is looked at: what can be read may be TLS talking about itself.
+@pytest.mark.parametrize(("said", "status"), [(b"", 502), (whole(b"too large", status="413 Payload Too Large"), 413)])
+def test_a_consumer_that_ends_while_the_upload_pauses_is_noticed(world: World, said: bytes, status: int) -> None:
+    world.raw.script = lambda visit: visit.say(said)
+    began = len(world.broker.log())
+    with world.connected() as sock:
+        sock.sendall(HEAD + b"abc")
+        with http.client.HTTPResponse(sock) as response:
+            response.begin()
+            assert world.in_use() is None
+            assert response.status == status
+    assert "no byte of the body" not in world.broker.log()[began:]
+
+
 def silent(visit: Visit) -> None:
     visit.until_gone()
 
