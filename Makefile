@@ -37,7 +37,7 @@ run: $(VENV)/.server           ## the broker on config/consumers.yaml
 	@exec $(BIN)/gunicorn -c config/gunicorn.conf.py wsgi:app
 
 test: $(VENV)/.test            ## the whole suite; without `make real` it skips the real servers, and says so
-	$(BIN)/pytest -n 3 --dist loadgroup
+	$(BIN)/pytest -n 4 --dist loadscope
 
 real: $(VENV)/.real            ## piper and faster-whisper with their models for the suite, some 700 MB; no GPU needed
 

