@@ -6,6 +6,7 @@ the pool for 5 s (a renew then waits behind idle connections), and from 26.0 on 
 main loop for up to 2 s per client that keeps its end open. 23.0 does neither.
 """
 
+import gpumgr.wiring  # noqa: F401 - only imported, in the master: a worker that must be replaced serves 0.2 s sooner
 from gpumgr.web import server, systemd
 
 # Before anything else: gunicorn would tell systemd READY=1 itself when it has opened the port, without a worker.
