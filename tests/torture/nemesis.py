@@ -27,8 +27,8 @@ BACK_SECONDS = 30.0
 class Moods:
     """How often, and how likely each fault is."""
 
-    every_seconds: tuple[float, float] = (0.8, 2.4)
-    weights: tuple[float, float, float, float, float] = (0.3, 0.15, 0.2, 0.2, 0.15)
+    every_seconds: tuple[float, float] = (1.1, 2.9)
+    weights: tuple[float, float, float, float, float] = (0.25, 0.1, 0.25, 0.2, 0.2)
 
 
 class Nemesis:
