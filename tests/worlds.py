@@ -218,6 +218,9 @@ class LedgerStore:
         self._require()
         self.intents.append((seq, target, tuple(victims)))
 
+    def forget_intent(self, seq: int) -> None:
+        self.intents = [intent for intent in self.intents if intent[0] != seq]
+
     def granted(self, kept: KeptLease, event: dict[str, Any], totals: Mapping[str, Total]) -> None:
         self._require()
         self._fence = max(self._fence, kept.lease.fence)
@@ -242,7 +245,8 @@ class LedgerStore:
 
     def _raise(self, lease: Lease) -> None:
         kept, boot = self._live[lease.lease_id]
-        written = replace(kept.lease, ttl_seconds=lease.ttl_seconds, written_ttl_seconds=lease.ttl_seconds)
+        ttl = max(kept.lease.ttl_seconds, lease.ttl_seconds)
+        written = replace(kept.lease, ttl_seconds=ttl, written_ttl_seconds=ttl)
         self._live[lease.lease_id] = (replace(kept, lease=written), boot)
 
     def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
@@ -285,8 +289,6 @@ class UnthreadedBroker(Broker):
     looks: dict[int, Callable[[], bool]]
 
     def _await(self, waited: Ticket, deadline: float, line: Line) -> Lease | Call:
-        waited.callers.append(line)
-        line.ticket = waited
         raise _Waits(waited, deadline, line)
 
     def _begin_quarantine(self, quarantine: Quarantine) -> None:

@@ -57,8 +57,8 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE lease (
     fence INTEGER PRIMARY KEY, lease_id TEXT NOT NULL, token TEXT, consumer TEXT NOT NULL, holder TEXT, bearer TEXT,
     request_id TEXT, gpus TEXT NOT NULL, gpu_uuids TEXT NOT NULL, sizes_mib TEXT NOT NULL, ttl_seconds REAL NOT NULL,
-    granted_at TEXT NOT NULL, boot_id TEXT NOT NULL, life TEXT NOT NULL, state TEXT NOT NULL, ended_at TEXT,
-    quarantined INTEGER NOT NULL DEFAULT 0
+    granted_at TEXT NOT NULL, granted_boot REAL NOT NULL, boot_id TEXT NOT NULL, life TEXT NOT NULL,
+    state TEXT NOT NULL, ended_at TEXT, quarantined INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE intent (life TEXT NOT NULL, seq INTEGER NOT NULL, target TEXT NOT NULL, victims TEXT NOT NULL);
 CREATE TABLE total (
@@ -140,6 +140,8 @@ class SqliteStore:
         self._since_trim = 0
         self._durable: bool | None = None
         self._intended: set[int] = set()
+        self._over: deque[int] = deque()
+        """Intents of which nothing came."""
 
     # -- the start ------------------------------------------------------------------------------------------
 
@@ -192,11 +194,11 @@ class SqliteStore:
         kept = Kept(
             fence=connection.execute("SELECT coalesce(max(fence), 0) FROM lease").fetchone()[0],
             leases=[
-                self._kept(row, now, today)
+                self._kept(row, now)
                 for row in _rows(connection, "SELECT * FROM lease WHERE state = 'live' OR quarantined ORDER BY fence")
             ],
             ended=list(self._ended(connection, now, today)),
-            rebooted=[self._kept(row, now, today).lease for row in rebooted],
+            rebooted=[self._kept(row, now).lease for row in rebooted],
             totals={
                 name: Total(requests, evictions, None if at is None else datetime.fromisoformat(at))
                 for name, requests, evictions, at in connection.execute("SELECT * FROM total")
@@ -218,9 +220,9 @@ class SqliteStore:
         connection.execute("UPDATE lease SET quarantined = 0 WHERE boot_id != ?", (self._boot,))
         return rows
 
-    @staticmethod
-    def _kept(row: sqlite3.Row, now: float, today: datetime) -> KeptLease:
-        ago = max(0.0, (today - datetime.fromisoformat(row["granted_at"])).total_seconds())
+    def _kept(self, row: sqlite3.Row, now: float) -> KeptLease:
+        """Since when it is held is reckoned by CLOCK_BOOTTIME, as somebody may have set the wall clock meanwhile."""
+        ago = max(0.0, now + self._clock.slept() - row["granted_boot"])
         lease = Lease(
             lease_id=row["lease_id"],
             token=row["token"] or "",
@@ -267,6 +269,11 @@ class SqliteStore:
         self._write([_Write("INSERT INTO intent VALUES (?, ?, ?, ?)", values)])
         self._intended.add(seq)
 
+    def forget_intent(self, seq: int) -> None:
+        if seq in self._intended:
+            self._intended.discard(seq)
+            self._over.append(seq)
+
     def granted(self, kept: KeptLease, event: dict[str, Any], totals: Mapping[str, Total]) -> None:
         """Where it fails, nobody is told of the lease: what a disk may have of it all the same is taken out again."""
         lease, request = kept.lease, kept.lease.request
@@ -274,17 +281,21 @@ class SqliteStore:
             *(lease.fence, lease.lease_id, lease.token, lease.consumer, lease.holder),
             *((None, None) if request is None else (request.bearer, request.request_id)),
             *(json.dumps(list(each)) for each in (lease.gpus, lease.gpu_uuids, kept.sizes_mib)),
-            *(lease.ttl_seconds, self._clock.utc().isoformat(), self._boot, self.life, "live", None, 0),
+            *(lease.ttl_seconds, self._clock.utc().isoformat(), self._clock.monotonic() + self._clock.slept()),
+            *(self._boot, self.life, "live", None, 0),
         )
         writes = [
             _Write(f"INSERT INTO lease VALUES ({', '.join('?' * len(values))})", values),  # noqa: S608 - question marks
             *_of_totals(totals),
         ]
         if lease.seq in self._intended:
-            writes.append(_Write("DELETE FROM intent WHERE life = ? AND seq = ?", (self.life, lease.seq)))
+            writes.append(self._done(lease.seq))
         undo = _Write("DELETE FROM lease WHERE fence = ?", (lease.fence,))
         self._write(writes, event, owed=[undo])
         self._intended.discard(lease.seq)
+
+    def _done(self, seq: int) -> _Write:
+        return _Write("DELETE FROM intent WHERE life = ? AND seq = ?", (self.life, seq))
 
     def ended(self, lease: Lease, reason: EndReason, event: dict[str, Any], *, quarantined: bool) -> None:
         values = (reason.value, self._clock.utc().isoformat(), int(quarantined), lease.fence)
@@ -293,7 +304,11 @@ class SqliteStore:
         self._write(writes, event, owed=writes)
 
     def raised(self, lease: Lease) -> None:
-        writes = [_Write("UPDATE lease SET ttl_seconds = ? WHERE fence = ?", (lease.ttl_seconds, lease.fence))]
+        writes = [
+            _Write(
+                "UPDATE lease SET ttl_seconds = max(ttl_seconds, ?) WHERE fence = ?", (lease.ttl_seconds, lease.fence)
+            )
+        ]
         self._write(writes, owed=writes)
 
     def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
@@ -321,6 +336,7 @@ class SqliteStore:
         """In one transaction: what is owed, the events before this one, and these. ``owed``: what must be written later
         where this fails."""
         with self._turn:
+            self._owed += [self._done(self._over.popleft()) for _ in range(len(self._over))]
             before = list(self._events)
             events = before if event is None else [*before, event]
             try:
@@ -425,6 +441,9 @@ class NoStore:
         pass
 
     def intend(self, seq: int, target: str, victims: Sequence[str]) -> None:
+        pass
+
+    def forget_intent(self, seq: int) -> None:
         pass
 
     def granted(self, kept: KeptLease, event: dict[str, Any], totals: Mapping[str, Total]) -> None:

@@ -103,6 +103,7 @@ class LeaseBook:
         self._by_request: dict[RequestKey, str] = {}
         self._ended: OrderedDict[RequestKey, _Ended] = OrderedDict()
         self._unconfirmed: dict[str, float] = {}
+        self._told: set[str] = set()
         self._fence = 0
 
     def __iter__(self) -> Iterator[Lease]:
@@ -150,7 +151,8 @@ class LeaseBook:
     def wrote(self, token: str, ttl_seconds: float) -> None:
         """This TTL is what a restart would give."""
         if token in self._live:
-            self._live[token] = replace(self._live[token], written_ttl_seconds=ttl_seconds)
+            lease = self._live[token]
+            self._live[token] = replace(lease, written_ttl_seconds=max(lease.written_ttl_seconds, ttl_seconds))
 
     def get(self, token: str, now: float) -> Lease:
         """Raises: LeaseUnknown where there is none, or its time is over."""
@@ -173,13 +175,23 @@ class LeaseBook:
         """
         lease = self.get(token, now)
         renewed = self._live[token] = lease.armed(now, lease.ttl_seconds if ttl_seconds is None else ttl_seconds)
-        self._unconfirmed.pop(token, None)
+        self.confirm(token)
         return renewed
+
+    def confirm(self, token: str) -> None:
+        """Somebody was told of it: whoever else has gone no longer matters."""
+        if token in self._live:
+            self._told.add(token)
+            self._unconfirmed.pop(token, None)
 
     def doubt(self, token: str, until: float) -> None:
         """Its only caller left before the answer: whoever asks again under its request id until then may have it."""
-        if token in self._live:
+        if token in self._live and token not in self._told:
             self._unconfirmed[token] = until
+
+    def is_told(self, token: str) -> bool:
+        """Whether anybody was told of it, or it is over."""
+        return token in self._told or token not in self._live
 
     def unclaimed(self, now: float) -> list[Lease]:
         """Those that nobody asked for again in time."""
@@ -189,6 +201,7 @@ class LeaseBook:
         """The lease is over for its holder. Its request id is remembered, so that a late retry learns why."""
         del self._live[lease.token]
         self._unconfirmed.pop(lease.token, None)
+        self._told.discard(lease.token)
         if lease.request is not None:
             del self._by_request[lease.request]
             self._ended.pop(lease.request, None)  # an id used again after a day goes to the end of the line
@@ -210,7 +223,6 @@ class LeaseBook:
         lease = self._live.get(self._by_request.get(key, ""))
         if lease is not None and lease.alive(now):
             require_same(key, lease.consumer, consumer)
-            self._unconfirmed.pop(lease.token, None)
             return lease
         ended = self._ended.get(key)
         if lease is not None:

@@ -47,6 +47,8 @@ LONGEST_SLEEP_SECONDS = 1.0
 FIRST_READING_SECONDS = 5.0
 STALE_READING_SECONDS = 10.0
 STORE_AGAIN_SECONDS = 1.0
+END_SECONDS = 5.0
+"""How long somebody who asks for a lease waits for its end to be written down."""
 KEEP_TOGETHER_SECONDS = 0.05
 """Events and totals of this long are written in one go."""
 
@@ -260,6 +262,7 @@ class Broker:
 
     def _granted(self, ask: Ask, caller: Caller, *, proxied: bool) -> Lease | Call:
         self.tick()
+        here = caller.here()
         with self.state.lock:
             now = self.clock.monotonic()
             consumer = self.state.catalog.resolve(kind=ask.kind, consumer=ask.consumer)
@@ -267,9 +270,14 @@ class Broker:
                 self._require_restored()
                 live = self.state.leases.of_request(ask.request, consumer.name, now)
                 if live is not None:
+                    if not here:
+                        raise _hung_up()
+                    self.state.leases.confirm(live.token)
                     return live
             deadline = now + self._wait_seconds(ask)
             ticket = self._ticket(ask, consumer, now, deadline, proxied=proxied)
+            ticket.callers.append(caller)  # in the same breath: whoever joins must not be its only one
+            caller.ticket = ticket
             passes = self._lets_pass and self.state.queue.is_waiting(ticket.entry)
             if passes:
                 self.state.let_pass(ticket)
@@ -288,8 +296,11 @@ class Broker:
         """The last look at a caller before it is told. Raises: RequestEnded where it has gone."""
         here = caller.here()
         with self.state.lock:
+            ticket.callers.remove(caller)
             if here and not caller.gone:
                 ticket.answered = True
+                if isinstance(granted, Lease):
+                    self.state.leases.confirm(granted.token)
                 return granted
             nobody = not ticket.answered and all(other.gone for other in ticket.callers)
         if nobody and isinstance(granted, Call):
@@ -301,12 +312,15 @@ class Broker:
     def _doubt(self, lease: Lease) -> None:
         """Granted, and nobody was there to be told. Who can ask again for it has a moment to do so."""
         seconds = self.settings.lease.confirm_seconds
-        if lease.request is None or not seconds:
-            self.release(lease.token)
-            return
         with self.state.lock:
-            self.state.leases.doubt(lease.token, self.clock.monotonic() + seconds)
-            self.state.expiry.notify()
+            if self.state.leases.is_told(lease.token):
+                return
+            if lease.request is not None and seconds:
+                self.state.leases.doubt(lease.token, self.clock.monotonic() + seconds)
+                self.state.expiry.notify()
+                return
+            self._begin_end(lease)
+        self._finish_end(lease, EndReason.RELEASED, reason="unclaimed")
 
     def hang_up(self, caller: Caller) -> None:
         """Its connection has ended. Quick: it may be called by a thread that all callers share."""
@@ -318,6 +332,7 @@ class Broker:
     def withdraw(self, request: RequestKey) -> str | None:
         """Give up a waiting request (``withdrawn``), or release the lease it has (``released``); None: neither."""
         with self.state.lock:
+            self._require_restored()
             ticket = self.state.by_request.get(request)
             if ticket is not None and not ticket.granting:
                 self.state.withdraw(ticket)
@@ -328,10 +343,14 @@ class Broker:
         return "released" if lease is not None and self.release(lease.token) else None
 
     def _granting(self, ticket: Ticket) -> Lease | None:
-        """What comes of a grant that is being written down."""
+        """What comes of a grant that is being written down. Raises: StoreUnavailable where that takes too long."""
+        until = self.clock.monotonic() + END_SECONDS
         with self.state.lock:
             while ticket.outcome is None:
-                ticket.woken.wait()
+                left = until - self.clock.monotonic()
+                if left <= 0:
+                    raise store_unavailable("the grant of this request is not written down yet")
+                ticket.woken.wait(left)
         return ticket.outcome if isinstance(ticket.outcome, Lease) else None
 
     def _wait_seconds(self, ask: Ask) -> float:
@@ -360,9 +379,9 @@ class Broker:
         return ticket
 
     def _await(self, ticket: Ticket, deadline: float, caller: Caller) -> Lease | Call:
-        """With the lock held, as in every condition's wait. The request goes with its last caller."""
-        ticket.callers.append(caller)
-        caller.ticket = ticket
+        """With the lock held, as in every condition's wait. The request goes with its last caller, who counts until it
+        has taken what it was granted."""
+        granted = False
         try:
             while ticket.outcome is None:
                 if caller.gone and not ticket.granting:
@@ -374,8 +393,10 @@ class Broker:
                 if left is not None and left <= 0:
                     raise self._give_up(ticket)
                 ticket.woken.wait(left)
+            granted = not isinstance(ticket.outcome, GpumgrError)
         finally:
-            ticket.callers.remove(caller)
+            if not granted:
+                ticket.callers.remove(caller)
             caller.ticket = None
         if isinstance(ticket.outcome, GpumgrError):
             raise ticket.outcome
@@ -405,7 +426,7 @@ class Broker:
 
     def call_under_lease(self, token: str, kind: str) -> Call:
         """Passes at once; ends with ``end_call``. Raises: KindUnknown, LeaseUnknown, LeaseMismatch."""
-        with self._told_once(), self.state.lock:
+        with self._told_once(token), self.state.lock:
             now = self.clock.monotonic()
             consumer = self.state.catalog.resolve(kind=kind, consumer=None)
             lease = self._live(token)
@@ -452,7 +473,7 @@ class Broker:
 
     def lease(self, token: str) -> Lease:
         """Raises: LeaseUnknown, StoreUnavailable."""
-        with self._told_once(), self.state.lock:
+        with self._told_once(token), self.state.lock:
             return self._live(token)
 
     def _live(self, token: str) -> Lease:
@@ -465,14 +486,25 @@ class Broker:
             raise
 
     @contextmanager
-    def _told_once(self) -> Iterator[None]:
+    def _told_once(self, token: str) -> Iterator[None]:
         """Who is told that a lease is over is told so for good: its end is written down first, and no restart brings it
         back."""
         try:
             yield
         except LeaseUnknown:
             self.tick()
+            self._await_end(token)
             raise
+
+    def _await_end(self, token: str) -> None:
+        """Somebody else may be writing its end down just now. Raises: StoreUnavailable where that takes too long."""
+        until = self.clock.monotonic() + END_SECONDS
+        with self.state.lock:
+            while token in self.state.ending:
+                left = until - self.clock.monotonic()
+                if left <= 0:
+                    raise store_unavailable("the end of this lease is not written down yet")
+                self.state.ended.wait(left)
 
     def renew(self, token: str, ttl_seconds: float | None) -> tuple[Lease, int, bool | None]:
         """The lease with a full TTL from now on, how many requests it holds up, and its consumer's health.
@@ -480,7 +512,7 @@ class Broker:
         Raises: LeaseUnknown, StoreUnavailable.
         """
         ttl = None if ttl_seconds is None else self.settings.lease.clamp_ttl(ttl_seconds)
-        with self._told_once(), self.state.lock:
+        with self._told_once(token), self.state.lock:
             self._live(token)
             lease = self.state.leases.renew(token, self.clock.monotonic(), ttl)
             if ttl is not None:
@@ -495,15 +527,14 @@ class Broker:
         try:
             self.store.raised(lease)
         except StoreError as error:
-            store_failed(self.state, error)
-            return
+            store_failed(self.state, error)  # it is owed from now on: the next renew need not try again
         with self.state.lock:
             self.state.leases.wrote(lease.token, lease.ttl_seconds)
 
     def release(self, token: str) -> bool:
         """Whether this call ended a live lease. The next one in line goes at once."""
         try:
-            with self._told_once(), self.state.lock:
+            with self._told_once(token), self.state.lock:
                 lease = self._live(token)
                 self._begin_end(lease)
         except LeaseUnknown:
@@ -514,6 +545,7 @@ class Broker:
     def revoke(self, lease_id: str, by: str | None, reason: str | None) -> None:
         """End somebody's lease by its public name; the event tells who did, and why. Raises: LeaseUnknown."""
         with self.state.lock:
+            self._require_restored()
             lease = self.state.leases.named(lease_id, self.clock.monotonic())
             self._begin_end(lease, EndReason.REVOKED)
         self._finish_end(lease, EndReason.REVOKED, by=by, reason=reason)
@@ -540,6 +572,7 @@ class Broker:
     def _begin_end(self, lease: Lease, reason: EndReason = EndReason.RELEASED) -> None:
         """With the lock held: over for its holder, still excluding others until it is written down."""
         self.state.leases.end(lease, reason, self.clock.monotonic())
+        self.state.ending.add(lease.token)
         self.state.queue.holds[lease.seq].phase = Phase.ENDING
 
     def _finish_end(self, lease: Lease, end: EndReason, /, **more: Any) -> None:
@@ -560,6 +593,9 @@ class Broker:
             store_failed(self.state, error)
         except Exception:  # a defect there must not keep the GPU
             log.exception("the end of a lease could not be written down lease_id=%s", lease.lease_id)
+        with self.state.lock:
+            self.state.ending.discard(lease.token)
+            self.state.ended.notify_all()
         self.state.events.append(event)
         look = self._quarantined(lease) if quarantined else self._left(lease)
         if look and not self._looks_at_tails:
@@ -594,7 +630,11 @@ class Broker:
         return False
 
     def _begin_quarantine(self, quarantine: Quarantine) -> None:
-        self._watchman.watch(quarantine, self._end_quarantine)
+        try:
+            self._watchman.watch(quarantine, self._end_quarantine)
+        except RuntimeError:  # no thread to be had: better an eviction with proof than a GPU that nobody gets
+            log.exception("a quarantine could not be watched lease_id=%s", quarantine.lease_id)
+            self._end_quarantine(quarantine, idle=False)
 
     def _end_quarantine(self, quarantine: Quarantine, *, idle: bool) -> None:
         """``idle``: its consumer said so. Else its time is over, and the next eviction decides, without asking."""

@@ -141,6 +141,9 @@ class Store(Protocol):
     def intend(self, seq: int, target: str, victims: Sequence[str]) -> None:
         """Durably: these are about to be unloaded for the ticket ``seq``."""
 
+    def forget_intent(self, seq: int) -> None:
+        """Nothing comes of what was intended for it, to be written with the next call. Never blocks."""
+
     def granted(self, kept: KeptLease, event: dict[str, Any], totals: Mapping[str, Total]) -> None:
         """Durably, in one transaction: fence, lease, event, and that what was intended for it is done."""
 

@@ -116,6 +116,8 @@ class Preparation:
         """Granted, or refused, or nobody waits any more. What is not granted frees its turn: in the same breath as the
         refusal, as whoever asks again must not meet its own old preparation; but after a load call only when the
         memory it may have brought is gone again."""
+        if not isinstance(self._ticket.outcome, Lease | Call):
+            self._world.store.forget_intent(self._ticket.seq)
         with self._state.lock:
             if error is not None:
                 self._state.refuse(self._ticket, error)
@@ -130,7 +132,7 @@ class Preparation:
 
     def _step(self) -> Step:
         with self._state.lock:
-            if not self._ticket.proxied:
+            if not self._ticket.proxied or not self._state.restored:  # an earlier life's leases may not be known yet
                 require_store(self._state)
             unreadable = bool(self._state.reading.problems(self._target.gpus))
         believing = self._ticket.proxied or self._state.believes

@@ -58,9 +58,9 @@ class Watchman:
 
         def look() -> bool:
             nonlocal interrupted
-            busy = self._busy(quarantine.consumer)
+            busy = self._is_alone(quarantine) and self._busy(quarantine.consumer)
             if busy and self._clock.monotonic() < until:
-                if not interrupted:
+                if not interrupted and self._is_alone(quarantine):
                     interrupted = True
                     self._interrupt(quarantine)
                 return True
@@ -68,6 +68,11 @@ class Watchman:
             return False
 
         return look
+
+    def _is_alone(self, quarantine: Quarantine) -> bool:
+        """Else what it computes may be another holder's, who keeps it from being unloaded anyway."""
+        with self._state.lock:
+            return all(hold.seq == quarantine.seq for hold in self._state.queue.holds_of(quarantine.consumer))
 
     def _busy(self, name: str) -> bool:
         try:

@@ -105,6 +105,10 @@ class State:
         """Preparation threads wait here for ``begun``."""
         self.expiry = threading.Condition(self.lock)
         """The watchdog waits here for a sooner expiry."""
+        self.ended = threading.Condition(self.lock)
+        """Whoever was told nothing yet waits here for an end to be written down."""
+        self.ending: set[str] = set()
+        """Tokens whose end is being written down."""
         self.queue = Queue(catalog, policy)
         self.leases = LeaseBook()
         self.quarantines: dict[int, Quarantine] = {}

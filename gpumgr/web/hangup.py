@@ -128,6 +128,8 @@ def _ask_for_life(sock: socket.socket, vanished_seconds: float) -> None:
 
 
 def _is_gone(fd: int) -> bool:
+    if fd < 0:
+        return True  # closed on our side
     poll = select.poll()
     poll.register(fd, select.POLLRDHUP)
     return any(state & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, state in poll.poll(0))

@@ -461,7 +461,7 @@ def a_raised_ttl_is_not_written(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def told_before_it_is_written(patch: pytest.MonkeyPatch) -> None:
     """Who is told that a lease is over may find it live after a restart."""
-    patch.setattr(Broker, "_told_once", lambda _self: contextlib.nullcontext())
+    patch.setattr(Broker, "_told_once", lambda _self, _token: contextlib.nullcontext())
 
 
 @mutant

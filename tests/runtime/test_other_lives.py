@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,9 @@ from gpumgr.core.lease import Lease
 from gpumgr.errors import LeaseUnknown, RequestEnded, StoreUnavailable
 from gpumgr.runtime.ports import BackendError, StoreError
 from gpumgr.runtime.snapshot import snapshot
-from tests.worlds import World, catalog, consumer, request
+from gpumgr.runtime.ticket import Ask, Caller
+from tests.waiting import until
+from tests.worlds import HadIt, World, catalog, consumer, request, started
 
 
 @pytest.fixture
@@ -271,3 +275,86 @@ def test_a_game_that_grows_during_an_unload_is_seen_before_the_grant(world: Worl
     assert error.code == "insufficient_vram"
     assert [process["name"] for process in error.details["untracked"]] == ["game.exe"]
     assert world.card.over_commits == 0
+
+
+# -- found by a review --------------------------------------------------------------------------------------
+
+
+def test_a_retry_that_was_answered_keeps_its_lease_whoever_has_gone() -> None:
+    # The first caller's connection broke while its grant was written; its retry had the lease, and lost it 3 s later.
+    world = World(catalog(consumer("paint", 14000)))
+    lease = world.grant("paint", request=request("r1"), ttl_seconds=60)
+    with pytest.raises(HadIt):
+        world.ask("paint", request=request("r1"))
+    world.broker._doubt(lease)
+    world.pass_time(10, watchdog=True)
+    assert world.broker.lease(lease.token).alive(world.now)
+
+
+def test_a_retry_on_a_connection_that_has_gone_confirms_nothing() -> None:
+    world = World(catalog(consumer("paint", 14000)))
+    lease = world.grant("paint", request=request("r1"), ttl_seconds=600)
+    world.broker._doubt(lease)
+    with pytest.raises(RequestEnded):
+        world.broker.acquire(Ask(consumer="paint", request=request("r1")), Caller(here=lambda: False))
+    world.pass_time(3, watchdog=True)
+    assert len(world.broker.state.leases) == 0
+
+
+def test_a_proxied_call_waits_for_what_the_store_may_know(world: World) -> None:
+    world.grant("paint")
+    world.store.fails = StoreError("the disk is gone")
+    world.restart()
+    call = world.call("chat")
+    world.prepare()
+    assert call.error().code == "store_unavailable"
+
+
+def test_who_asks_while_an_end_is_written_is_told_afterwards() -> None:
+    # 404, then kill -9 before the commit: the same token was renewed after the restart.
+    with started(consumer("paint", 14000)) as world:
+        lease = world.lease("paint")
+        told: list[bool] = []
+        ended = world.store.ended
+
+        def slow(*words: Any, **more: Any) -> None:
+            again = threading.Thread(target=lambda: told.append(world.broker.release(lease.token)))
+            again.start()
+            again.join(0.3)
+            assert told == [], "told before it is written"
+            ended(*words, **more)
+
+        world.store.ended = slow  # type: ignore[method-assign]
+        assert world.broker.release(lease.token)
+        until(lambda: told == [False])
+
+
+def test_a_quarantine_without_a_thread_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with started(consumer("paint", 14000)) as world:
+        world.services["paint"].computing = True
+        lease = world.lease("paint")
+
+        def no_more(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_more)
+            world.broker.revoke(lease.lease_id, None, None)
+        assert world.broker.state.queue.holds == {}
+
+
+def test_a_quarantine_interrupts_no_other_lease_of_its_consumer() -> None:
+    world = World(catalog(consumer("paint", 4000, at_once=2)))
+    expired(world)
+    assert world.services["paint"].asked_to_interrupt == 1
+    world.grant("paint", ttl_seconds=600)
+    world.restart()
+    assert world.services["paint"].asked_to_interrupt == 1
+    assert world.broker.state.quarantines == {}
+
+
+def test_what_was_intended_and_not_done_is_forgotten(world: World) -> None:
+    world.services["paint"].take()
+    world.services["paint"].lies = True
+    assert world.refusal("chat").code == "eviction_failed"
+    assert world.store.intents == []
