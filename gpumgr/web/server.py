@@ -46,7 +46,6 @@ CREDENTIALS = re.compile(r"(?i)\b(bearer|basic)\s+[^\s\"']+")
 """A header that cannot be read is logged by gunicorn as it came."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LOG_LINES_KEPT = 1000
-WRITE_TOGETHER_SECONDS = 0.05
 PORT_SECONDS = 2.0
 
 _master: dict[str, Any] = {}
@@ -219,24 +218,10 @@ def _log_to_stderr() -> None:
         stderr.setFormatter(logging.Formatter("[%(asctime)s] [%(threadName)s] [%(levelname)s] %(message)s"))
         lines: queue.Queue[Any] = queue.Queue(LOG_LINES_KEPT)
         handler = DroppingHandler(lines)
-        Writer(lines, stderr).start()
+        logging.handlers.QueueListener(lines, stderr).start()
         ours.addHandler(handler)
         ours.setLevel(logging.INFO)
         ours.propagate = False
-
-
-class Writer(logging.handlers.QueueListener):
-    """Lines that come close together are written together: a thread that wakes for each would take the interpreter from
-    the request that has just said it."""
-
-    def __init__(self, lines: queue.Queue[Any], to: logging.Handler) -> None:
-        super().__init__(lines, to)
-        self._lines = lines
-
-    def handle(self, record: logging.LogRecord) -> None:
-        super().handle(record)
-        if self._lines.empty():
-            time.sleep(WRITE_TOGETHER_SECONDS)
 
 
 class DroppingHandler(logging.handlers.QueueHandler):
