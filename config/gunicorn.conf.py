@@ -37,7 +37,7 @@ graceful_timeout = 10
 # Longer than a holder's pause between two renews (TTL/3 of the default 120 s is 40 s), so that a renew finds its
 # connection open: with gunicorn's 2 s, 30 of 360 requests of pooled clients met a closing connection.
 keepalive = 75
-# A worker that ends after N requests would end every lease with it.
+# A worker that ends after N requests would cut everybody who waits or streams.
 max_requests = 0
 # By default gunicorn believes callers on loopback that say in headers SCRIPT_NAME and PATH_INFO what their path is.
 forwarder_headers = ""

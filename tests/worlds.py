@@ -346,7 +346,7 @@ class Game:
 
 
 class Stand:
-    """Card, services, probe and journal: what both worlds have."""
+    """Card, services, probe and store: what both worlds have."""
 
     def __init__(
         self,

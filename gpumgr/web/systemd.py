@@ -8,7 +8,7 @@ Without systemd nothing is sent and there is no thread.
              a hand-over, and systemd would take the unit for ending
     worker   lock, pool, threads and probe live → READY=1, once, and WATCHDOG=1 each third of WatchdogSec
 
-A restart ends every lease, so that a ping is kept back only for what a restart cures: our own parts. A driver that
+A restart cuts whoever waits or streams, so a ping is kept back only for what it cures: our own parts. A driver that
 answers with an error, or hangs, is told by a probe that is alive: without it nothing new is granted, and renew, release
 and expiry go on. Restarting for it would make that worse. A call that hangs does so in the kernel, beyond SIGKILL: the
 killed worker would keep the port and its lock, and the next broker find them taken and exit with 2, which is for good.

@@ -40,7 +40,7 @@ def test_an_end_that_cannot_be_written_down_still_frees_its_gpu(world: World) ->
     assert world.store.open().leases[0].lease.consumer == "chat", "the ends were written with the first success"
 
 
-def test_a_revoked_lease_is_over_at_once_and_the_journal_knows_who_and_why(world: World) -> None:
+def test_a_revoked_lease_is_over_at_once_and_the_store_knows_who_and_why(world: World) -> None:
     lease = world.grant("paint", request=request("r1", "me"), holder="me")
     waiter = world.ask("chat", wait_seconds=60)
     world.broker.revoke(lease.lease_id, by="operator", reason="stuck")
