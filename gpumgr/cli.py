@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from gpumgr import __version__
+from gpumgr.client import DEFAULT_URL, BrokerUnreachable, Gpu
+from gpumgr.errors import GpumgrError
+
+POLL_SECONDS = 0.25
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if chosen.command == "check-config":
             return check_config(chosen.file)
+        if chosen.command == "hold":
+            return hold(chosen.url, chosen.reason, chosen.ttl_seconds, chosen.wait)
+        if chosen.command == "resume":
+            return resume(chosen.url)
         return demo(stay=not chosen.exit)
     except ImportError as error:
         print(
@@ -38,7 +47,60 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("file", type=Path, help="such as config/consumers.yaml")
     story = commands.add_parser("demo", help="play the main job on a simulated card, then stay up until Ctrl-C")
     story.add_argument("--exit", action="store_true", help="end by itself after the story")
+    url = os.environ.get("GPUMGR_URL") or DEFAULT_URL
+    keep = commands.add_parser("hold", help="keep the card free: for a game, before a suspend")
+    keep.add_argument("--reason", help="told to whoever is refused meanwhile")
+    keep.add_argument(
+        "--ttl-seconds", type=_seconds, metavar="SECONDS", help="it ends by itself then (default: 4 hours)"
+    )
+    keep.add_argument(
+        "--wait",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="return when the card is free, or fail after so long",
+    )
+    go_on = commands.add_parser("resume", help="let the card be used again")
+    for command in (keep, go_on):
+        command.add_argument("--url", default=url, help=f"the broker (GPUMGR_URL, default {DEFAULT_URL})")
     return parser
+
+
+def _seconds(written: str) -> float:
+    seconds = float(written)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError("must be more than 0 seconds")
+    return seconds
+
+
+def hold(url: str, reason: str | None, ttl_seconds: float | None, wait_seconds: float) -> int:
+    """0 when the card is kept free, and with ``wait_seconds`` is free."""
+    until = time.monotonic() + wait_seconds
+    try:
+        with Gpu(url) as gpu:
+            held = gpu.hold(reason, ttl_seconds)
+            while held is not None and held["state"] != "free" and time.monotonic() < until:
+                time.sleep(POLL_SECONDS)
+                held = gpu.held()
+    except (GpumgrError, BrokerUnreachable) as error:
+        print(f"gpumgr hold: {error}", file=sys.stderr)
+        return 1
+    if held is None:
+        print("gpumgr hold: somebody ended it meanwhile", file=sys.stderr)
+        return 1
+    whose = ", ".join(held["in_use"] or held["resident"])
+    print(f"{held['state']}{f' ({whose})' if whose else ''}, until {held['until_at']}; gpumgr resume ends it")
+    return 0 if held["state"] == "free" or not wait_seconds else 1
+
+
+def resume(url: str) -> int:
+    try:
+        with Gpu(url) as gpu:
+            print("the card is lent again" if gpu.resume() else "nobody kept it free")
+    except (GpumgrError, BrokerUnreachable) as error:
+        print(f"gpumgr resume: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def check_config(file: Path) -> int:

@@ -190,6 +190,26 @@ class Gpu:
         """``acquire`` and keep renewed; for ``with``, which releases."""
         return self.acquire(kind, **options).keep()
 
+    def hold(self, reason: str | None = None, ttl_seconds: float | None = None) -> dict[str, Any] | None:
+        """Keep the card free: nobody is granted it, whoever is idle is unloaded, holders are asked to yield. The
+        answer's ``state`` is ``free`` when it is. Needs the scope ``operate``. Raises: as ``acquire``."""
+        wanted = {"reason": reason, "ttl_seconds": ttl_seconds}
+        body = {name: value for name, value in wanted.items() if value is not None}
+        return self._hold(self.call("POST", "/v1/hold", json=body))
+
+    def held(self) -> dict[str, Any] | None:
+        """The hold that lasts, or None."""
+        return self._hold(self.call("GET", "/v1/hold"))
+
+    def resume(self) -> bool:
+        """Whether there was a hold to end. Raises: as ``acquire``."""
+        return bool(self.call("DELETE", "/v1/hold").get("resumed"))
+
+    @staticmethod
+    def _hold(answer: dict[str, Any]) -> dict[str, Any] | None:
+        found = answer.get("hold")
+        return found if isinstance(found, dict) else None
+
     def status(self) -> dict[str, Any]:
         return self.call("GET", "/v1/status")
 

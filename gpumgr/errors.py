@@ -33,6 +33,7 @@ Must not: know Flask, threads or where an error is raised.
         ├── ConsumerUnhealthy
         ├── GpuUnreadable
         ├── StoreUnavailable           a grant cannot be written down
+        ├── GpuYielded                 an operator or a game has the card
         └── ShuttingDown
 
 ``code`` is the wire's name of the class; ``from_wire`` turns an answer back into the same class, so that a
@@ -205,6 +206,11 @@ class GpuUnreadable(Refused):
 
 class StoreUnavailable(Refused):
     code = "store_unavailable"
+    retry_after_seconds = 5
+
+
+class GpuYielded(Refused):
+    code = "gpu_yielded"
     retry_after_seconds = 5
 
 

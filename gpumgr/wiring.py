@@ -12,6 +12,7 @@ from flask import Flask
 
 from gpumgr.adapters.clock import SystemClock
 from gpumgr.adapters.dialects import REGISTERED, dialect_of
+from gpumgr.adapters.games import Games
 from gpumgr.adapters.nvml import NvmlProbe
 from gpumgr.adapters.ownership import Claim, Ownership
 from gpumgr.adapters.patient import PatientProbe
@@ -31,7 +32,9 @@ def build(settings: Settings) -> Flask:
 def build_broker(settings: Settings) -> Broker:
     dialects = {name: dialect_of(consumer) for name, consumer in settings.consumers.items()}
     clock = SystemClock()
-    return Broker(settings, build_probe(settings), dialects, clock, SqliteStore(settings.server.state_dir, clock))
+    store = SqliteStore(settings.server.state_dir, clock)
+    games = None if settings.gpu.yield_to is None else Games(settings.gpu.yield_to)
+    return Broker(settings, build_probe(settings), dialects, clock, store, games=games)
 
 
 def build_probe(settings: Settings) -> Probe:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "client": {"errors"},
     "sim": {"client", "errors"},
     "wiring": {"web", "adapters", "runtime", "core", "errors", "config"},
-    "cli": {"config", "sim"},
+    "cli": {"config", "sim", "client", "errors"},
 }
 IMPURE = {"threading", "time", "datetime", "logging", "socket", "subprocess", "requests", "flask", "os", "random"}
 

@@ -37,6 +37,7 @@ TABLE = {
     "consumer_unhealthy": (503, True),
     "gpu_unreadable": (503, True),
     "store_unavailable": (503, True),
+    "gpu_yielded": (503, True),
     "shutting_down": (503, True),
 }
 """code → status, retryable."""

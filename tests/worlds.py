@@ -18,13 +18,13 @@ from typing import Any
 
 from gpumgr.adapters.clock import SystemClock
 from gpumgr.adapters.simulated import SimulatedProbe
-from gpumgr.config import GpuSettings, LeaseSettings, SchedulingSettings, ServerSettings, Settings
+from gpumgr.config import GpuSettings, LeaseSettings, Rest, SchedulingSettings, ServerSettings, Settings
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
 from gpumgr.core.lease import Call, EndReason, Lease, RequestKey
 from gpumgr.core.placement import Report
 from gpumgr.errors import GpumgrError
 from gpumgr.runtime.broker import Broker, _hung_up
-from gpumgr.runtime.ports import BackendError, BackendReason, Clock, Dialect, Kept, KeptLease, StoreError, Total
+from gpumgr.runtime.ports import BackendError, BackendReason, Clock, Dialect, Kept, KeptLease, Paused, StoreError, Total
 from gpumgr.runtime.preparation import Preparation, Step
 from gpumgr.runtime.state import Quarantine
 from gpumgr.runtime.ticket import Ask, Ticket
@@ -158,6 +158,11 @@ class Service:
     def load(self) -> None:
         self.take()
 
+    can_restore = False
+
+    def restore(self) -> None:
+        self.take()
+
     def loaded(self) -> Report | None:
         return None
 
@@ -182,6 +187,7 @@ class LedgerStore:
         self.writes = 0
         self.intents: list[tuple[int, str, tuple[str, ...]]] = []
         self.quarantined: set[str] = set()
+        self.pause: Paused | None = None
         self._clock = clock
         self._fence = 0
         self._live: dict[str, tuple[KeptLease, str]] = {}
@@ -209,6 +215,7 @@ class LedgerStore:
             ],
             rebooted=[kept.lease for kept in rebooted],
             totals=dict(self._totals),
+            pause=self.pause,
         )
 
     def note(self, event: dict[str, Any]) -> None:
@@ -248,6 +255,9 @@ class LedgerStore:
         ttl = max(kept.lease.ttl_seconds, lease.ttl_seconds)
         written = replace(kept.lease, ttl_seconds=ttl, written_ttl_seconds=ttl)
         self._live[lease.lease_id] = (replace(kept, lease=written), boot)
+
+    def paused(self, pause: Paused | None) -> None:
+        self._owing(lambda: setattr(self, "pause", pause))
 
     def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
         self._require()
@@ -345,6 +355,16 @@ class Game:
         self.card.set_used(self.pid, mib)
 
 
+class RunningGames:
+    """What a look for games finds: whatever the test says."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, str]] = []
+
+    def running(self) -> list[tuple[int, str]]:
+        return list(self.found)
+
+
 class Stand:
     """Card, services, probe and store: what both worlds have."""
 
@@ -368,22 +388,32 @@ class Stand:
         self.games = [Game(self.card, gpu) for gpu in range(len(totals_mib))]
         self.probe = SimulatedProbe(self.card.state, ports, clock.monotonic)
         self.store = LedgerStore(clock)
+        self.running = RunningGames()
 
     @property
     def dialects(self) -> Mapping[str, Dialect]:
         return self.services
 
     def settings(
-        self, headroom_mib: int = HEADROOM_MIB, mode: str = "evicting", when_unreadable: str = "refuse", **lease: float
+        self,
+        headroom_mib: int = HEADROOM_MIB,
+        mode: str = "evicting",
+        when_unreadable: str = "refuse",
+        gpu: Mapping[str, Any] | None = None,
+        rest: Mapping[str, Rest] | None = None,
+        **lease: float,
     ) -> Settings:
+        """Strangers are held at their peak only where ``gpu`` says so."""
+        more = {"untracked_peak_seconds": 0.0, **(gpu or {})}
         return Settings(
             file=Path("consumers.yaml"),
             server=ServerSettings(),
-            gpu=GpuSettings(probe="simulated", headroom_mib=headroom_mib, when_unreadable=when_unreadable),
+            gpu=GpuSettings(probe="simulated", headroom_mib=headroom_mib, when_unreadable=when_unreadable, **more),
             lease=LeaseSettings(**lease),
             scheduling=SchedulingSettings(mode=mode),
             catalog=self.catalog,
             consumers={},
+            rest=rest or {},
         )
 
 
@@ -402,6 +432,8 @@ class World(Stand):
         clock: Clock | None = None,
         move: Callable[[float], object] | None = None,
         read_first: bool = True,
+        gpu: Mapping[str, Any] | None = None,
+        rest: Mapping[str, Rest] | None = None,
         **lease: float,
     ) -> None:
         """``move`` lets that many seconds pass on ``clock``; with a ManualClock it is known."""
@@ -413,13 +445,14 @@ class World(Stand):
         self.preparations: dict[int, Preparation] = {}
         self.stepping: int | None = None
         self.each_instant: Callable[[], None] = lambda: None
-        self._settings = self.settings(headroom_mib, mode, when_unreadable, **lease)
+        self._settings = self.settings(headroom_mib, mode, when_unreadable, gpu, rest, **lease)
         self.broker = self._started_broker()
         if read_first:
             self.broker.observe_card()
 
     def _started_broker(self) -> UnthreadedBroker:
-        broker = UnthreadedBroker(self._settings, self.probe, self.dialects, self.clock, self.store, self.pause)
+        world = (self.probe, self.dialects, self.clock, self.store, self.pause, self.running)
+        broker = UnthreadedBroker(self._settings, *world)
         broker.looks = {}
         broker._restore()
         for quarantine in list(broker.state.quarantines.values()):
@@ -618,11 +651,13 @@ class StartedWorld(Stand):
         headroom_mib: int = HEADROOM_MIB,
         mode: str = "evicting",
         when_unreadable: str = "refuse",
+        gpu: Mapping[str, Any] | None = None,
+        rest: Mapping[str, Rest] | None = None,
         **lease: float,
     ) -> None:
         super().__init__(consumers, totals_mib, clock=SystemClock(), deferred=False)
         self.broker = broker(
-            self.settings(headroom_mib, mode, when_unreadable, **lease),
+            self.settings(headroom_mib, mode, when_unreadable, gpu, rest, **lease),
             self.probe,
             self.dialects,
             self.clock,

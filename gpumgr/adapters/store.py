@@ -7,7 +7,7 @@ be lost with the power, and not with the process, is written with ``NORMAL`` by 
 worker: SQLite's must not cross a fork. A call that fails leaves what it could not write in ``_owed``, and every later
 one writes that first, so that the file is true again with the first success.
 
-    meta      boot_id
+    meta      boot_id, and an operator's hold
     lease     one row for each grant, by its fence, while it is live, in quarantine, or ended less than a day ago; the
               largest fence of all is the row that never goes
     intent    who is being unloaded for whom
@@ -32,7 +32,7 @@ from typing import Any
 from urllib.parse import quote
 
 from gpumgr.core.lease import EndReason, Lease, LeaseBook, RequestKey
-from gpumgr.runtime.ports import Clock, Kept, KeptLease, StoreError, Total
+from gpumgr.runtime.ports import Clock, Kept, KeptLease, Paused, StoreError, Total
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +205,7 @@ class SqliteStore:
             },
             events=self._shown(connection),
             evicting=list(dict.fromkeys(evicting)),
+            pause=self._pause(connection, today),
         )
         connection.execute("COMMIT")
         return kept
@@ -239,6 +240,15 @@ class SqliteStore:
             written_ttl_seconds=row["ttl_seconds"],
         )
         return KeptLease(lease, tuple(json.loads(row["sizes_mib"])), quarantined=bool(row["quarantined"]))
+
+    @staticmethod
+    def _pause(connection: sqlite3.Connection, today: datetime) -> Paused | None:
+        found = connection.execute("SELECT value FROM meta WHERE key = 'pause'").fetchone()
+        if found is None:
+            return None
+        kept = json.loads(found[0])
+        since, until = (datetime.fromisoformat(kept[key]) for key in ("since", "until"))
+        return Paused(since, until, kept["by"], kept["reason"]) if today < until else None
 
     @staticmethod
     def _ended(
@@ -309,6 +319,15 @@ class SqliteStore:
                 "UPDATE lease SET ttl_seconds = max(ttl_seconds, ?) WHERE fence = ?", (lease.ttl_seconds, lease.fence)
             )
         ]
+        self._write(writes, owed=writes)
+
+    def paused(self, pause: Paused | None) -> None:
+        if pause is None:
+            writes = [_Write("DELETE FROM meta WHERE key = 'pause'", ())]
+        else:
+            facts = {"since": pause.since.isoformat(), "until": pause.until.isoformat()}
+            text = json.dumps(facts | {"by": pause.by, "reason": pause.reason})
+            writes = [_Write("INSERT OR REPLACE INTO meta VALUES ('pause', ?)", (text,))]
         self._write(writes, owed=writes)
 
     def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
@@ -453,6 +472,9 @@ class NoStore:
         pass
 
     def raised(self, lease: Lease) -> None:
+        pass
+
+    def paused(self, pause: Paused | None) -> None:
         pass
 
     def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:

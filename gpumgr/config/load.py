@@ -24,6 +24,7 @@ from gpumgr.config.settings import (
     LeaseSettings,
     ProxySettings,
     Report,
+    Rest,
     SchedulingSettings,
     ServerSettings,
     Settings,
@@ -34,6 +35,8 @@ from gpumgr.config.values import Section, StrictLoader
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
 
 DIALECTS = ("comfyui", "ollama", "http")
+RESTORABLE = frozenset({"ollama"})
+"""Dialects that know how to bring back what was unloaded without being told a call."""
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 RESERVED_KINDS = frozenset(
     {"lease", "leases", "status", "explain", "hold", "events", "models", "chat", "completions", "responses"}
@@ -97,7 +100,10 @@ def _settings(file: Path, document: object, environ: Mapping[str, str], tokens: 
     _require_own_origins(s for _, s in parsed)
     _require_own_cgroups([s for _, s in parsed])
     settings = {s.name: s for _, s in parsed}
-    return Settings(file, server, gpu, lease, scheduling, catalog, settings, tuple(_warnings(catalog, settings)), proxy)
+    rest = {name: consumer.rest for name, consumer in settings.items()}
+    _require_ways_back(settings)
+    warnings = tuple(_warnings(catalog, settings))
+    return Settings(file, server, gpu, lease, scheduling, catalog, settings, warnings, proxy, rest)
 
 
 def _server(section: Section, file: Path, environ: Mapping[str, str], tokens: tuple[Token, ...]) -> ServerSettings:
@@ -135,10 +141,20 @@ def _gpu(section: Section, file: Path) -> GpuSettings:
     headroom = section.take("headroom_mib", check.whole(0), default.headroom_mib)
     unreadable = section.take("when_unreadable", check.one_of("refuse", "declared"), default.when_unreadable)
     card = section.take("simulated_card", check.text, "")
+    peak = section.take("untracked_peak_seconds", check.seconds_or_zero, default.untracked_peak_seconds)
+    nobody: tuple[str, ...] = ()
+    yield_to = section.take("yield_to", check.texts, nobody) if section.has("yield_to") else None
+    reserve = section.take("yield_reserve_mib", check.whole(0), default.yield_reserve_mib)
+    anywhere: tuple[GpuRef, ...] = (0,)
+    yield_gpus = section.take("yield_gpus", check.gpu_refs, anywhere) if section.has("yield_gpus") else None
     section.done()
+    for key, given in (("yield_gpus", yield_gpus), ("yield_reserve_mib", reserve != default.yield_reserve_mib)):
+        if given and yield_to is None:
+            raise ConfigError(f"gpu.{key} needs gpu.yield_to: write which games to yield to, or [] for Steam's alone")
     if card and probe != "simulated":
         raise ConfigError("gpu.simulated_card needs gpu.probe: simulated: set that, or remove this key")
-    return GpuSettings(probe, headroom, unreadable, file.parent / Path(card).expanduser() if card else None)
+    simulated = file.parent / Path(card).expanduser() if card else None
+    return GpuSettings(probe, headroom, unreadable, simulated, peak, yield_to, reserve, yield_gpus)
 
 
 def _lease(section: Section) -> LeaseSettings:
@@ -240,6 +256,7 @@ def _consumer(name: str, consumers: Section, environ: Mapping[str, str]) -> tupl
         unit=section.take("unit", check.unit, "") or None,
         container=section.take("container", check.container, "") or None,
         on_expiry=section.take("on_expiry", check.one_of("interrupt", "wait"), "interrupt"),
+        rest=_rest(section),
     )
     consumer = Consumer(
         name=name,
@@ -256,6 +273,28 @@ def _consumer(name: str, consumers: Section, environ: Mapping[str, str]) -> tupl
     section.done()
     _require_whole_calls(settings)
     return consumer, settings
+
+
+def _rest(section: Section) -> Rest:
+    default = Rest()
+    return Rest(
+        idle_unload_seconds=section.take("idle_unload_seconds", check.seconds_or_zero, default.idle_unload_seconds),
+        restore=section.take("restore", access.truth, default.restore),
+        restore_after_seconds=section.take("restore_after_seconds", check.seconds, default.restore_after_seconds),
+        preload=section.take("preload", access.truth, default.preload),
+    )
+
+
+def _require_ways_back(settings: Mapping[str, ConsumerSettings]) -> None:
+    """What cannot be loaded by a call cannot be brought back."""
+    for name, consumer in settings.items():
+        restores = consumer.rest.restore and consumer.dialect not in RESTORABLE
+        for key, wanted in (("preload", consumer.rest.preload), ("restore", restores)):
+            if wanted and consumer.load is None:
+                raise ConfigError(
+                    f"consumers.{name}.{key} needs a load call: write load: {{path: …, json: …}}, the request that "
+                    "loads it"
+                )
 
 
 def _sizes(section: Section, gpus: tuple[GpuRef, ...]) -> tuple[int, ...]:

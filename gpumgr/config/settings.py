@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gpumgr.core.catalog import Catalog
+from gpumgr.core.catalog import Catalog, GpuRef
 
 
 class ConfigError(Exception):
@@ -49,6 +49,11 @@ class GpuSettings:
     headroom_mib: int = 512
     when_unreadable: str = "refuse"
     simulated_card: Path | None = None
+    untracked_peak_seconds: float = 300
+    yield_to: tuple[str, ...] | None = None
+    """Patterns of games; None: nobody looks for any."""
+    yield_reserve_mib: int = 6144
+    yield_gpus: tuple[GpuRef, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,16 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class Rest:
+    """What becomes of one consumer while nobody asks for it. ``idle_unload_seconds`` 0: it stays."""
+
+    idle_unload_seconds: float = 0
+    restore: bool = False
+    restore_after_seconds: float = 60
+    preload: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ConsumerSettings:
     """How a consumer is spoken to and recognised; what the rules need of it is in the catalog."""
 
@@ -119,6 +134,7 @@ class ConsumerSettings:
     unit: str | None = None
     container: str | None = None
     on_expiry: str = "interrupt"
+    rest: Rest = Rest()
 
 
 @dataclass(frozen=True)
@@ -132,6 +148,8 @@ class Settings:
     consumers: Mapping[str, ConsumerSettings]
     warnings: tuple[str, ...] = field(default=())
     proxy: ProxySettings = ProxySettings()
+    rest: Mapping[str, Rest] = field(default_factory=dict)
+    """Of each consumer, what happens to it while nobody asks for it."""
 
 
 def origin_of(url: str) -> tuple[str, str, int | None]:

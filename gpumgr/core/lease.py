@@ -22,8 +22,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from gpumgr.core.catalog import GpuRef
+from gpumgr.core.outside import Game, Pause
 from gpumgr.errors import LeaseUnknown, RequestEnded, RequestMismatch
 
 
@@ -83,6 +85,19 @@ class Call:
     began_at: float
     waited_seconds: float = 0.0
     lease_id: str | None = None
+    restoring: bool = False
+    """Housekeeping's own, which ends at once."""
+
+
+class Renewed(NamedTuple):
+    """What a renew tells its holder. ``waiting``: how many requests it holds up. ``yield_to``: who asks it to leave the
+    card. ``intruders``: consumers on the card beside it that may not be."""
+
+    lease: Lease
+    waiting: int
+    healthy: bool | None
+    yield_to: Pause | Game | None = None
+    intruders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

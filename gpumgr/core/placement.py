@@ -5,6 +5,8 @@ Must not: unload, probe, wait or know a clock.
 
 ``decide`` numbers its rules; the numbers stand beside the code.
 
+0. An operator keeps the card free; or a game runs, and beside it and its reserve the target would not fit with every
+   consumer gone: refuse (``gpu_yielded``), unloading nobody.
 1. A GPU that cannot be read: refuse (``gpu_unreadable``). No reading, no proof, no grant.
 2. A need above ``total - headroom``: refuse at once, unloading nobody.
 3. Consumers that may not coexist with the target and are resident: unload them, all at once. One that is in use
@@ -17,7 +19,8 @@ Must not: unload, probe, wait or know a clock.
 7. Nobody idle is left, but it would fit once the consumers in use are done: wait.
 8. Before any refusal whatever may still help is tried once: idle consumers that hold little (what stayed after an
    earlier unload, which may have become more), then the target itself where it is idle; and the card is read again.
-9. Refuse: ``eviction_failed`` where what the victims kept would cover the shortfall, else ``insufficient_vram``.
+9. Refuse: ``eviction_failed`` where what the victims kept would cover the shortfall; ``gpu_yielded`` where a game's
+   reserve would; else ``insufficient_vram``.
 
 Where nobody may be unloaded (``may_unload`` is false), rules 3, 4, 6 and 8 fall away: whoever is there is tolerated.
 
@@ -26,10 +29,11 @@ with a warning, unless a live lease shares the card, which it must not endanger:
 
 Fit, on each of the target's GPUs:
 
-    free - headroom - promised >= max(0, size - held(target))
+    free - headroom - promised - kept >= max(0, size - held(target))
 
 ``promised`` sums, over the *other* holders and preparations on that GPU, ``max(0, size - held)``: memory they were
-granted and have not taken yet. What is on the card is in ``free`` already and is not subtracted again.
+granted and have not taken yet. What is on the card is in ``free`` already and is not subtracted again. ``kept`` is what
+strangers may take again, or a game still (core/outside.py).
 """
 
 from __future__ import annotations
@@ -38,9 +42,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gpumgr.core.card import GpuProcess, GpuReading, Reading
+from gpumgr.core.card import UNKNOWN_TOTAL_MIB, GpuProcess, GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
-from gpumgr.errors import EvictionFailed, GpuUnreadable, InsufficientVram, Refused
+from gpumgr.core.outside import Game, Outside, Pause, Stranger
+from gpumgr.errors import EvictionFailed, GpuUnreadable, GpuYielded, InsufficientVram, Refused
 
 LEFTOVER_SLACK_MIB = 64
 """A context may grow a little without a model being loaded."""
@@ -110,6 +115,14 @@ class View:
     may_unload: bool = True
     tried: Sequence[Victim] = ()
     last_used: Mapping[str, float] = field(default_factory=dict)
+    outside: Outside = field(default_factory=Outside)
+    now: float = 0.0
+    """Monotonic."""
+
+    def kept_mib(self, gpu: GpuRef) -> int:
+        """MiB of this GPU that are kept for those outside."""
+        read = self.reading.gpu(gpu)
+        return 0 if read is None else self.outside.kept_mib(read)
 
     def held(self, consumer: str, gpu: GpuRef) -> Holding:
         return self.holdings.get((consumer, gpu), Holding(0))
@@ -158,6 +171,9 @@ Decision = Grant | Unload | Wait | Refuse
 
 def decide(target: Consumer, view: View) -> Decision:
     """The next step of preparing ``target``. See the module's rules."""
+    kept_free = keeps_out(target, view)
+    if kept_free is not None:  # 0
+        return Refuse(kept_free)
     problems = view.reading.problems(target.gpus)
     if problems:  # 1
         return Refuse(unreadable(target, problems))
@@ -184,6 +200,8 @@ def decide_call(target: Consumer, view: View) -> Decision:
     """The same for a proxied call. What can never fit is refused to it too."""
     decision = decide(target, view)
     if not isinstance(decision, Refuse) or view.reading.problems(target.gpus) or impossible(target, view):
+        return decision
+    if isinstance(decision.error, GpuYielded):
         return decision
     if view.leased:
         return Wait("vram", max(0, shortfall_mib(target, view)))
@@ -317,7 +335,7 @@ def _gpu(view: View, gpu: GpuRef) -> GpuReading:
 
 
 def _shortfall_on(target: Consumer, view: View, gpu: GpuRef) -> int:
-    usable = _gpu(view, gpu).free_mib - view.headroom_mib - view.promised_mib.get(gpu, 0)
+    usable = _gpu(view, gpu).free_mib - view.headroom_mib - view.promised_mib.get(gpu, 0) - view.kept_mib(gpu)
     return need_mib(target, view, gpu) - usable
 
 
@@ -362,7 +380,56 @@ def kept_or_insufficient(target: Consumer, view: View) -> Refused:
     kept = [victim for victim in view.failed().values() if victim.consumer != target.name]
     if kept and _still_held_mib(target, view, kept) >= _shortfall_without_others(target, view):
         return eviction_failed(target, view, kept)
+    worst = _to_blame(target, view)
+    games = view.outside.games_on((worst,))
+    if games and _shortfall_on(target, view, worst) <= view.kept_mib(worst):
+        return yielded(target, games[0], view)
     return insufficient(target, view)
+
+
+def keeps_out(target: Consumer, view: View) -> GpuYielded | None:
+    """0: who keeps the target off the card whatever is unloaded for it, as far as this reading tells."""
+    pause = view.outside.paused(view.now)
+    if pause is not None:
+        return yielded(target, pause, view)
+    games = view.outside.games_on(target.gpus)
+    if games and any(target.needs_mib(gpu) > _beside_strangers(view, gpu) for gpu in target.gpus):
+        return yielded(target, games[0], view)
+    return None
+
+
+def _beside_strangers(view: View, gpu: GpuRef) -> int:
+    """What could be lent of this GPU if every consumer were gone. Unreadable: whatever is asked for."""
+    read = view.reading.gpu(gpu)
+    if read is None or not read.readable:
+        return UNKNOWN_TOTAL_MIB
+    strangers = sum(process.used_mib or 0 for process in read.untracked)
+    return read.total_mib - view.headroom_mib - strangers - view.kept_mib(gpu)
+
+
+def yielded(target: Consumer, to: Pause | Game, view: View) -> GpuYielded:
+    """The refusal in an operator's or a game's favour."""
+    facts = {"consumer": target.name, "since_at": to.since_at}
+    if isinstance(to, Pause):
+        return GpuYielded(
+            f"{target.name} cannot be granted: {to.words}. Ask again after that, or end it with gpumgr resume",
+            **facts,
+            cause="hold",
+            by=to.by,
+            reason=to.reason,
+            until_at=to.until_at,
+        )
+    reserve = view.outside.reserve_mib
+    return GpuYielded(
+        f"{target.name} cannot be granted: {to.words}, and {target.name} does not fit beside it with {reserve} MiB "
+        "left for it. Ask again when it has ended, or lower gpu.yield_reserve_mib",
+        **facts,
+        cause="game",
+        pid=to.pid,
+        name=to.name,
+        games=[{"pid": game.pid, "name": game.name, "since_at": game.since_at} for game in view.outside.games],
+        yield_reserve_mib=reserve,
+    )
 
 
 def _still_held_mib(target: Consumer, view: View, kept: Sequence[Victim]) -> int:
@@ -438,13 +505,19 @@ def insufficient(target: Consumer, view: View) -> InsufficientVram:
     promised = view.promised_mib.get(worst, 0)
     if promised:
         message += f", {promised} MiB are promised to holders"
+    if view.kept_mib(worst):
+        message += f", {view.kept_mib(worst)} MiB are kept for what others held in the last minutes"
     if impossible(target, view):
         message += f". It can never fit on this card: lower vram_resident_mib of {target.name} or gpu.headroom_mib"
     elif strangers:
-        named = ", ".join(f"{p.name} (pid {p.pid}) {_mib(p.used_mib)}" for p in strangers)
-        message += f". Not gpumgr's to unload: {named}. {_would_have_to_go(strangers, short)}"
+        named = ", ".join(_stranger_words(p, view.outside.stranger(gpu.index, p.pid), view.now) for p in strangers)
+        message += f". Not gpumgr's to unload: {named}. {_would_have_to_go(strangers, short, view, worst)}"
     else:
         message += ". Nothing that gpumgr may unload is left on the card"
+    could_go = _could_go(target, view, worst)
+    if could_go:
+        named = ", ".join(f"{user['consumer']} {user['held_mib']} MiB" for user in could_go)
+        message += f". In use, and could go later: {named}"
     if not view.may_unload and (residents := _idle_residents(target, view)):
         held = ", ".join(f"{name} {view.held(name, worst).held_mib} MiB" for name in residents)
         message += f". scheduling.mode lets gpumgr unload nobody; idle on the card: {held}"
@@ -461,21 +534,58 @@ def insufficient(target: Consumer, view: View) -> InsufficientVram:
         headroom_mib=view.headroom_mib,
         promised_mib=promised,
         held_mib=view.held(target.name, worst).held_mib,
-        untracked=[{"pid": p.pid, "name": p.name, "used_mib": p.used_mib} for p in strangers],
+        kept_mib=view.kept_mib(worst),
+        untracked=[_stranger_facts(p, view.outside.stranger(gpu.index, p.pid), view.now) for p in strangers],
+        could_go=_could_go(target, view, worst),
         evicted=_evicted(view),
     )
 
 
-def _would_have_to_go(strangers: Sequence[GpuProcess], short_mib: int) -> str:
+def _could_go(target: Consumer, view: View, gpu: GpuRef) -> list[dict[str, object]]:
+    """Who is in use on this GPU, and may be unloaded when that has ended."""
+    users = (view.held(name, gpu).held_mib for name in _users(target, view))
+    pairs = zip(_users(target, view), users, strict=True)
+    return [{"consumer": name, "held_mib": held} for name, held in pairs if held]
+
+
+def _stranger_words(process: GpuProcess, known: Stranger | None, now: float) -> str:
+    said = f"{process.name} (pid {process.pid}) {_mib(process.used_mib)}"
+    if known is None:
+        return said
+    if known.peak_mib > (process.used_mib or 0):
+        said += f", lately {known.peak_mib} MiB"
+    return f"{said}, there for {_span(now - known.since)}"
+
+
+def _span(seconds: float) -> str:
+    minutes = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+    return f"{seconds:.0f} s" if seconds < 120 else minutes
+
+
+def _stranger_facts(process: GpuProcess, known: Stranger | None, now: float) -> dict[str, object]:
+    facts: dict[str, object] = {"pid": process.pid, "name": process.name, "used_mib": process.used_mib}
+    if known is not None:
+        facts |= {"peak_mib": known.peak_mib, "there_seconds": round(max(0.0, now - known.since), 3)}
+    return facts
+
+
+def _would_have_to_go(strangers: Sequence[GpuProcess], short_mib: int, view: View, gpu: GpuRef) -> str:
     """In words: any one of those that are large enough, else the largest ones together. Largest first."""
-    enough = [p.name for p in strangers if (p.used_mib or 0) >= short_mib]
+
+    def freed_by(process: GpuProcess) -> int:
+        index = _gpu(view, gpu).index
+        known = view.outside.stranger(index, process.pid)
+        return max(process.used_mib or 0, 0 if known is None else known.peak_mib)
+
+    strangers = sorted(strangers, key=lambda process: -freed_by(process))
+    enough = [p.name for p in strangers if freed_by(p) >= short_mib]
     if enough:
         return f"{short_mib} MiB are missing: it fits once {' or '.join(enough)} has gone"
     together: list[str] = []
     freed = 0
     for process in strangers:
         together.append(process.name)
-        freed += process.used_mib or 0
+        freed += freed_by(process)
         if freed >= short_mib:
             return f"{short_mib} MiB are missing: it fits once {' and '.join(together)} have gone"
     if any(process.used_mib is None for process in strangers):

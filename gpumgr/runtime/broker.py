@@ -21,12 +21,15 @@ from typing import Any
 from gpumgr import __version__
 from gpumgr.config import Settings
 from gpumgr.core.catalog import Consumer
-from gpumgr.core.lease import Call, EndReason, Lease, RequestKey, require_same
-from gpumgr.core.placement import View, impossible, insufficient
+from gpumgr.core.lease import Call, EndReason, Lease, Renewed, RequestKey, require_same
+from gpumgr.core.outside import Outside
+from gpumgr.core.placement import impossible, insufficient, keeps_out
 from gpumgr.core.queue import Fifo, Phase
-from gpumgr.errors import GpumgrError, InternalError, LeaseMismatch, LeaseUnknown, RequestEnded, ShuttingDown
+from gpumgr.errors import GpumgrError, InternalError, LeaseMismatch, LeaseUnknown, Refused, RequestEnded, ShuttingDown
 from gpumgr.runtime.evictor import Evictor
-from gpumgr.runtime.ports import BackendError, Clock, Dialect, Probe, Store, StoreError
+from gpumgr.runtime.housekeeping import Housekeeping
+from gpumgr.runtime.outsiders import Outsiders
+from gpumgr.runtime.ports import BackendError, Clock, Dialect, GameWatch, Probe, Store, StoreError
 from gpumgr.runtime.preparation import Preparation, World, ask_busy, store_failed, store_unavailable
 from gpumgr.runtime.quarantine import Watchman
 from gpumgr.runtime.refusals import prepare_timeout, scheduler_timeout
@@ -47,6 +50,7 @@ LONGEST_SLEEP_SECONDS = 1.0
 FIRST_READING_SECONDS = 5.0
 STALE_READING_SECONDS = 10.0
 STORE_AGAIN_SECONDS = 1.0
+RESTORES = "gpumgr, to bring it back"
 END_SECONDS = 5.0
 """How long somebody who asks for a lease waits for its end to be written down."""
 KEEP_TOGETHER_SECONDS = 0.05
@@ -67,6 +71,7 @@ class Broker:
         clock: Clock,
         store: Store,
         pause: Callable[[float], None] = time.sleep,
+        games: GameWatch | None = None,
     ) -> None:
         self.settings = settings
         self.clock = clock
@@ -81,6 +86,11 @@ class Broker:
             clock,
             may_unload=mode == "evicting",
             believes=settings.gpu.when_unreadable == "declared",
+            outside=Outside(
+                peak_seconds=settings.gpu.untracked_peak_seconds,
+                reserve_mib=settings.gpu.yield_reserve_mib,
+                yields=settings.gpu.yield_gpus,
+            ),
         )
         self._glance = False
         self._looks_at_tails = False
@@ -100,6 +110,12 @@ class Broker:
         self._card = Rounds("observe-card", self.observe_card)
         self._servers = Rounds("observe-servers", self._observe_servers)
         self._card_read = threading.Condition(self.state.lock)
+        self.outsiders = Outsiders(self.state, store, clock, games, self._outside_changed)
+        self._games = Rounds("watch-games", self.outsiders.look_for_games) if games is not None else None
+        self.housekeeping = Housekeeping(
+            self.state, probe, dialects, evictor, clock, settings.rest, bring_back=self._bring_back
+        )
+        self._housekeeper = Rounds("housekeeping", self.housekeeping.round)
 
     # -- start and stop -------------------------------------------------------------------------------------
 
@@ -119,6 +135,9 @@ class Broker:
             worker.start()
         self._watchdog.start()
         self._servers.start()
+        self._housekeeper.start()
+        if self._games is not None:
+            self._games.start()
         for quarantine in list(self.state.quarantines.values()):
             self._begin_quarantine(quarantine)
         self.state.note("start", None, version=__version__)
@@ -136,8 +155,8 @@ class Broker:
             self.state.work.notify_all()
             self.state.expiry.notify_all()
             self._card_read.notify_all()
-        self._card.stop()
-        self._servers.stop()
+        for rounds in self._rounds():
+            rounds.stop()
         self.state.note("stop", None)
         self._keeper.stop()
         self._watchman.stop()
@@ -149,11 +168,19 @@ class Broker:
         for thread in [*self._workers, self._watchdog]:
             if thread.is_alive():
                 thread.join(timeout_seconds)
-        for rounds in (self._card, self._servers, self._keeper):
+        for rounds in (*self._rounds(), self._keeper):
             rounds.join(timeout_seconds)
         self.keep_store()
         self.store.close()
         self._probe.close()
+
+    def _rounds(self) -> list[Rounds]:
+        """Those that look at the world."""
+        games = [] if self._games is None else [self._games]
+        return [self._card, self._servers, self._housekeeper, *games]
+
+    def _outside_changed(self) -> None:
+        self._housekeeper.nudge()
 
     def missing(self) -> list[str]:
         """What keeps the broker from granting now; empty: it is ready."""
@@ -178,13 +205,9 @@ class Broker:
     def _warn_of_misfits(self) -> None:
         with self.state.lock:
             for consumer in self.state.catalog.consumers.values():
-                view = self._bare_view()
+                view = self.state.bare_view()
                 if not view.reading.problems(consumer.gpus) and impossible(consumer, view):
                     log.warning("%s", insufficient(consumer, view).message)
-
-    def _bare_view(self) -> View:
-        """The card without anyone on it, as far as `impossible` looks."""
-        return View(self.state.catalog, self.state.reading, self.settings.gpu.headroom_mib, {}, {})
 
     # -- other lives ----------------------------------------------------------------------------------------
 
@@ -196,6 +219,8 @@ class Broker:
             return
         with self.state.lock:
             self.state.restore(kept)
+            if kept.pause is not None:
+                self.outsiders.restore(kept.pause)
             live = len(self.state.leases)
         log.info("restored leases=%s fence=%s rebooted=%s", live, kept.fence, len(kept.rebooted))
         for name in kept.evicting:
@@ -235,6 +260,8 @@ class Broker:
                 kept = self.store.open()
                 with self.state.lock:
                     self.state.restore(kept)
+                    if kept.pause is not None and self.state.outside.pause is None:
+                        self.outsiders.restore(kept.pause)
                 for quarantine in list(self.state.quarantines.values()):
                     self._begin_quarantine(quarantine)
         except StoreError as error:
@@ -367,16 +394,29 @@ class Broker:
             require_same(ask.request, ticket.consumer.name, consumer.name)
             ticket.deadline = max(ticket.deadline, deadline)
             return ticket
-        view = self._bare_view()
-        if not self._lets_pass and not view.reading.problems(consumer.gpus) and impossible(consumer, view):
-            refusal = insufficient(consumer, view)
+        refusal = self._refusal_at_once(consumer)
+        if refusal is not None and ask.restoring:
+            raise refusal
+        if refusal is not None:
             self.state.note("refuse", consumer.name, holder=ask.holder, code=refusal.code, waited_seconds=0.0)
             log.info("refuse consumer=%s holder=%s code=%s: %s", consumer.name, ask.holder, refusal.code, refusal)
             raise refusal
+        if not ask.restoring:
+            self.state.make_way(consumer)
         ticket = self.state.enter(ask, consumer, now, deadline, proxied=proxied)
         if not self._lets_pass:
             self.state.advance(now)
         return ticket
+
+    def _refusal_at_once(self, consumer: Consumer) -> Refused | None:
+        """What no waiting would mend. An operator's hold counts in every mode."""
+        view = self.state.bare_view()
+        kept_out = keeps_out(consumer, view)
+        if self._lets_pass:
+            return kept_out if view.outside.paused(view.now) else None
+        if kept_out is not None or view.reading.problems(consumer.gpus) or not impossible(consumer, view):
+            return kept_out
+        return insufficient(consumer, view)
 
     def _await(self, ticket: Ticket, deadline: float, caller: Caller) -> Lease | Call:
         """With the lock held, as in every condition's wait. The request goes with its last caller, who counts until it
@@ -446,7 +486,7 @@ class Broker:
         with self.state.lock:
             if self.state.calls.pop(call.seq, None) is None:
                 return
-            self.state.note_used(call.consumer, granted=call.lease_id is None)
+            self.state.note_used(call.consumer, granted=call.lease_id is None and not call.restoring)
             look = self.state.memory[call.consumer].tail
             self.state.leave(call.seq, call.consumer)
             self.state.advance()
@@ -468,6 +508,17 @@ class Broker:
                 self.state.memory[consumer].checked = None
         if error is not None:
             log.warning("a call got no answer consumer=%s: %s", consumer, error)
+
+    def _bring_back(self, name: str) -> str | None:
+        """Through the line, as a request that is nobody's; why it could not be, or None."""
+        ask = Ask(consumer=name, wait_seconds=0.0, holder=RESTORES, restoring=True)
+        try:
+            call = self._granted(ask, Caller(), proxied=False)
+        except GpumgrError as error:
+            return str(error)
+        if isinstance(call, Call):
+            self.end_call(call)
+        return None
 
     # -- a lease's life -------------------------------------------------------------------------------------
 
@@ -506,8 +557,8 @@ class Broker:
                     raise store_unavailable("the end of this lease is not written down yet")
                 self.state.ended.wait(left)
 
-    def renew(self, token: str, ttl_seconds: float | None) -> tuple[Lease, int, bool | None]:
-        """The lease with a full TTL from now on, how many requests it holds up, and its consumer's health.
+    def renew(self, token: str, ttl_seconds: float | None) -> Renewed:
+        """The lease with a full TTL from now on, and what its holder should know.
 
         Raises: LeaseUnknown, StoreUnavailable.
         """
@@ -517,7 +568,13 @@ class Broker:
             lease = self.state.leases.renew(token, self.clock.monotonic(), ttl)
             if ttl is not None:
                 self.state.expiry.notify()  # it may end sooner than the watchdog sleeps
-            found = lease, self.state.held_up_by(lease), self.state.memory[lease.consumer].healthy
+            found = Renewed(
+                lease,
+                self.state.held_up_by(lease),
+                self.state.memory[lease.consumer].healthy,
+                self.state.asked_to_yield(lease),
+                tuple(sorted(self.state.intruders_of(lease))),
+            )
         if lease.ttl_seconds > lease.written_ttl_seconds:
             self._write_ttl(lease)
         return found
@@ -553,6 +610,7 @@ class Broker:
     def tick(self) -> int:
         """End every lease whose time is over; how many there were. Called by the watchdog, and by whoever asks
         for a turn, so that a late watchdog delays nobody."""
+        self.outsiders.end_what_is_over()
         with self.state.lock:
             self.state.note_sleep()
             now = self.clock.monotonic()

@@ -36,6 +36,13 @@ class Probe(Protocol):
     def close(self) -> None: ...
 
 
+class GameWatch(Protocol):
+    """Looks for games. Never raises."""
+
+    def running(self) -> Sequence[tuple[int, str]]:
+        """Pid and name of each that runs now, in the order in which they were seen first."""
+
+
 BackendReason = Literal["unreachable", "hung", "failed"]
 
 
@@ -84,6 +91,13 @@ class Dialect(Protocol):
     def busy(self) -> bool | None:
         """Is it computing now? None: it has no such report."""
 
+    @property
+    def can_restore(self) -> bool:
+        """Whether ``restore`` would bring something onto the card now."""
+
+    def restore(self) -> None:
+        """Bring back what its last unload took from the card, where it knows."""
+
     def interrupt(self) -> None:
         """End what it computes now and what waits in it at this moment, and nothing that comes later. Does nothing
         where it has no call for that, or the file says to wait. Returning proves nothing."""
@@ -113,6 +127,16 @@ class Total:
 
 
 @dataclass(frozen=True, slots=True)
+class Paused:
+    """An operator's hold, in the wall clock's time, which is what an operator means."""
+
+    since: datetime
+    until: datetime
+    by: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Kept:
     """Everything that outlives the broker's process. ``ended``: requests whose lease is over, the oldest first, with
     the consumer, the reason, and the instant (monotonic)."""
@@ -124,6 +148,8 @@ class Kept:
     """Live when the machine went down: they are over."""
     totals: Mapping[str, Total] = field(default_factory=dict)
     events: Sequence[dict[str, Any]] = ()
+    pause: Paused | None = None
+    """An operator keeps the card free."""
     evicting: Sequence[str] = ()
     """Consumers that were being unloaded when the process ended: nobody knows what came of it."""
 
@@ -152,6 +178,9 @@ class Store(Protocol):
 
     def raised(self, lease: Lease) -> None:
         """Durably: its TTL, for a restart."""
+
+    def paused(self, pause: Paused | None) -> None:
+        """Durably: an operator keeps the card free; None: not any more."""
 
     def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
         """Events and totals, and the leases (by id) whose quarantine is over. It survives the process, not a loss of

@@ -31,7 +31,19 @@ from typing import Any
 
 from gpumgr.core.card import Reading
 from gpumgr.core.lease import Call, Lease
-from gpumgr.core.placement import Decision, Grant, Refuse, Report, Unload, Victim, View, Wait, decide, decide_call
+from gpumgr.core.placement import (
+    Decision,
+    Grant,
+    Refuse,
+    Report,
+    Unload,
+    Victim,
+    View,
+    Wait,
+    decide,
+    decide_call,
+    insufficient,
+)
 from gpumgr.core.queue import Phase, WaitingFor
 from gpumgr.errors import ConsumerUnhealthy, GpumgrError, InsufficientVram, InternalError, StoreUnavailable
 from gpumgr.runtime.evictor import Evictor
@@ -173,6 +185,8 @@ class Preparation:
         self._seen = state.changes
         view = state.view(self._ticket, reading, reports, (name for name, busy in self._said.items() if busy))
         decision = (decide_call if self._ticket.proxied else decide)(self._target, view)
+        if self._ticket.restoring and isinstance(decision, Unload) and not decision.required:
+            decision = Refuse(insufficient(self._target, view))  # nobody makes room for whom nobody asked
         if isinstance(decision, Unload) and not self._asked(decision.consumers):
             return None
         if self._may_still_fall(decision):
@@ -347,7 +361,7 @@ class Preparation:
         after = self._world.probe.read()
         with state.lock:
             for victim in outcome:
-                state.note_victim(victim, after)
+                state.note_victim(victim, after, wanted_back=not self._ticket.restoring)
             self._ticket.tried.extend(outcome)
         for victim in outcome:
             self._tell(victim)
@@ -383,7 +397,7 @@ class Preparation:
     # -- 4 --------------------------------------------------------------------------------------------------
 
     def _must_load(self) -> bool:
-        return self._dialect.can_load and not self._loaded
+        return (self._dialect.can_load or self._ticket.restoring) and not self._loaded
 
     def _load(self) -> None:
         name = self._target.name
@@ -393,7 +407,10 @@ class Preparation:
             self._state.note_loading(name)
         self._load_called = True
         try:
-            self._dialect.load()
+            if self._ticket.restoring:
+                self._dialect.restore()
+            else:
+                self._dialect.load()
         except BackendError as failure:
             raise ConsumerUnhealthy(
                 f"{name} did not load ({failure}): look at its log", consumer=name, cause=str(failure)
@@ -435,7 +452,7 @@ class Preparation:
         self._end(error)
 
     def _grant(self) -> None:
-        if self._ticket.proxied:
+        if self._ticket.proxied or self._ticket.restoring:
             self._let_go_ahead()
         else:
             self._write_down()
@@ -445,10 +462,12 @@ class Preparation:
         state, ticket = self._state, self._ticket
         with state.lock:
             now = self._world.clock.monotonic()
-            call = Call(ticket.seq, self._target.name, now, waited_seconds=state.waited(ticket))
+            waited = state.waited(ticket)
+            call = Call(ticket.seq, self._target.name, now, waited_seconds=waited, restoring=ticket.restoring)
             state.calls[call.seq] = call
             state.queue.holds[call.seq].phase = Phase.LIVE
-            state.count_request(call.consumer)
+            if not ticket.restoring:
+                state.count_request(call.consumer)
             state.settle(ticket, call)
             state.advance()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpumgr import __version__
-from gpumgr.core.card import GpuReading
+from gpumgr.core.card import GpuProcess, GpuReading
 from gpumgr.core.catalog import Consumer, GpuRef
 from gpumgr.core.lease import Lease
 from gpumgr.core.placement import Holding
@@ -31,12 +31,47 @@ def snapshot(broker: Broker) -> dict[str, Any]:
             "mode": broker.settings.scheduling.mode,
             "when_unreadable": broker.settings.gpu.when_unreadable,
             "store": {"ok": state.store_error is None, "error": state.store_error},
+            "hold": _hold(state, now),
+            "games": [{"pid": g.pid, "name": g.name, "since_at": g.since_at} for g in state.outside.games],
             "gpus": [_gpu(state, ref, promised.get(ref, 0)) for ref in _refs(state)],
             "consumers": [_consumer(broker, c, holdings) for c in state.catalog.consumers.values() if not c.retired],
             "leases": [_lease(state, lease, now) for lease in state.leases if lease.alive(now)],
             "queue": _queue(state, now),
             "events": list(state.events),
         }
+
+
+def hold_facts(broker: Broker) -> dict[str, Any]:
+    """The operator's hold alone."""
+    with broker.state.lock:
+        return {"hold": _hold(broker.state, broker.clock.monotonic())}
+
+
+def _hold(state: State, now: float) -> dict[str, Any] | None:
+    """``state``: ``draining`` while somebody uses a GPU, ``unloading`` while somebody idle is on one, then ``free``."""
+    pause = state.outside.paused(now)
+    if pause is None:
+        return None
+    in_use = sorted(state.in_use())
+    resident = sorted(name for name, remembered in state.memory.items() if remembered.resident_since is not None)
+    return {
+        "by": pause.by,
+        "reason": pause.reason,
+        "since_at": pause.since_at,
+        "until_at": pause.until_at,
+        "left_seconds": round(pause.until - now, 3),
+        "state": "draining" if in_use else "unloading" if resident else "free",
+        "in_use": in_use,
+        "resident": resident,
+    }
+
+
+def _process(state: State, gpu: GpuReading, process: GpuProcess) -> dict[str, Any]:
+    facts = {"pid": process.pid, "name": process.name, "used_mib": process.used_mib, "consumer": process.consumer}
+    known = state.outside.stranger(gpu.index, process.pid) if process.consumer is None else None
+    if known is not None:
+        facts |= {"peak_mib": known.peak_mib, "since_at": state.shown(known.since)}
+    return facts
 
 
 def _refs(state: State) -> list[GpuRef]:
@@ -60,9 +95,8 @@ def _gpu(state: State, ref: GpuRef, promised_mib: int) -> dict[str, Any]:
         "promised_mib": promised_mib,
         "readable": readable,
         "read_at": state.shown(state.reading.read_at) if state.reading.read_at > float("-inf") else None,
-        "processes": [
-            {"pid": p.pid, "name": p.name, "used_mib": p.used_mib, "consumer": p.consumer} for p in gpu.processes
-        ],
+        "kept_mib": state.outside.kept_mib(gpu) if readable else None,
+        "processes": [_process(state, gpu, process) for process in gpu.processes],
     }
     if not readable:
         facts["error"] = "; ".join(state.reading.problems([ref]))
@@ -127,6 +161,8 @@ def _lease(state: State, lease: Lease, now: float) -> dict[str, Any]:
         "expires_at": state.shown(lease.expires_at),
         "ttl_seconds": lease.ttl_seconds,
         "held_seconds": round(now - lease.granted_at, 3),
+        "yield_requested": state.asked_to_yield(lease) is not None,
+        "intruders": sorted(state.intruders_of(lease)),
     }
 
 

@@ -19,6 +19,7 @@ from gpumgr.config import LeaseSettings
 from gpumgr.core.card import GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
 from gpumgr.core.lease import Call, EndReason, Lease, LeaseBook, RequestKey
+from gpumgr.core.outside import Game, Outside, Pause
 from gpumgr.core.placement import (
     Decision,
     Holding,
@@ -31,6 +32,7 @@ from gpumgr.core.placement import (
     assess,
     decide,
     decide_call,
+    keeps_out,
     promised_mib,
 )
 from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
@@ -70,6 +72,14 @@ class Memory:
     """False once it has said that it has no such report."""
     asked: bool = False
     """Whether it computes, since the start: what an earlier life of the broker began in it may go on."""
+    resident_since: float | None = None
+    """Since when the driver shows it on the card; None: it does not."""
+    wanted_back: bool = False
+    """It was on the card, and was unloaded for somebody else."""
+    busy_seen: float | None = None
+    """When it last said that it computes, without a holder."""
+    not_before: float = float("-inf")
+    """When housekeeping looks at it again, after something that it tried failed."""
     outlasted: bool = False
     """It still computed at the end of its quarantine: what it does for a holder of the past is not waited for again."""
     healthy: bool | None = None
@@ -98,8 +108,12 @@ class State:
         *,
         may_unload: bool = True,
         believes: bool = False,
+        outside: Outside | None = None,
     ) -> None:
         """``may_unload``: whether anybody is ever unloaded. ``believes``: declared sizes stand in for a reading."""
+        self.outside = outside or Outside()
+        self.intruders: dict[int, frozenset[str]] = {}
+        """By a lease's hold: who became resident beside it and should not be."""
         self.lock = threading.Lock()
         self.work = threading.Condition(self.lock)
         """Preparation threads wait here for ``begun``."""
@@ -146,6 +160,11 @@ class State:
         self._headroom_mib = headroom_mib
         self._may_unload = may_unload
         self._clock = clock
+
+    @property
+    def unloads(self) -> bool:
+        """Whether anybody is ever unloaded."""
+        return self._may_unload
 
     @property
     def catalog(self) -> Catalog:
@@ -261,17 +280,26 @@ class State:
             woken=threading.Condition(self.lock),
             stirred=threading.Condition(self.lock),
             proxied=proxied,
+            restoring=ask.restoring,
         )
         self.tickets[ticket.seq] = ticket
         if ask.request is not None:
             self.by_request[ask.request] = ticket
         return ticket
 
+    def make_way(self, consumer: Consumer) -> None:
+        """Somebody asks: what housekeeping brings back on those GPUs can wait."""
+        for ticket in list(self.tickets.values()):
+            if ticket.restoring and overlap(ticket.consumer.gpus, consumer.gpus):
+                self.withdraw(ticket)
+
     def refuse(self, ticket: Ticket, error: GpumgrError) -> None:
         """Settle with an error that status and the log tell of; nothing where the ticket has its answer already."""
         if ticket.outcome is not None:
             return
         self.settle(ticket, error)
+        if ticket.restoring:
+            return
         facts = {"holder": ticket.holder, "code": error.code, "waited_seconds": self.waited(ticket)}
         self.note("refuse", ticket.consumer.name, **facts)
         log.info("refuse consumer=%s holder=%s code=%s: %s", ticket.consumer.name, ticket.holder, error.code, error)
@@ -283,8 +311,9 @@ class State:
         self.settle(
             ticket, RequestEnded("this request was withdrawn; its request_id may be used again", reason="withdrawn")
         )
-        self.note("withdraw", ticket.consumer.name, holder=ticket.holder, waited_seconds=self.waited(ticket))
-        log.info("withdraw consumer=%s holder=%s", ticket.consumer.name, ticket.holder)
+        if not ticket.restoring:
+            self.note("withdraw", ticket.consumer.name, holder=ticket.holder, waited_seconds=self.waited(ticket))
+            log.info("withdraw consumer=%s holder=%s", ticket.consumer.name, ticket.holder)
         self.advance()
 
     def abandon(self, ticket: Ticket) -> None:
@@ -416,7 +445,14 @@ class State:
             may_unload=self._may_unload,
             tried=tuple(ticket.tried),
             last_used={name: m.last_used for name, m in self.memory.items() if m.last_used is not None},
+            outside=self.outside,
+            now=self._clock.monotonic(),
         )
+
+    def bare_view(self) -> View:
+        """The card without anyone on it, as far as `impossible` and `keeps_out` look."""
+        now = self._clock.monotonic()
+        return View(self.catalog, self.reading, self._headroom_mib, {}, {}, outside=self.outside, now=now)
 
     def _leased(self, consumer: Consumer) -> bool:
         """Whether a lease shares a GPU with it, also one that is being written down."""
@@ -522,6 +558,68 @@ class State:
                 if process.consumer in self.memory:
                     self.memory[process.consumer].recognised = True
         self._lower_leftovers(reading)
+        self.outside = self.outside.reading(reading)
+        self._note_residents(reading)
+
+    def _note_residents(self, reading: Reading) -> None:
+        """Since when each is on the card, and who should not be there."""
+        holdings = self.holdings(reading, {})
+        resident = {name for (name, _), holding in holdings.items() if holding.resident}
+        for name, remembered in self.memory.items():
+            if name not in resident:
+                remembered.resident_since = None
+            elif remembered.resident_since is None:
+                remembered.resident_since = reading.read_at
+                remembered.wanted_back = False
+        self._note_intruders(resident)
+
+    def _note_intruders(self, resident: set[str]) -> None:
+        """Only where others are unloaded for a lease: else they may have been there before it."""
+        held = {hold.consumer for hold in self.queue.holds.values()}
+        strays = resident - held - {name for name in resident if self.queue.is_unloading(name)}
+        strays = strays if self._may_unload else set()
+        before, self.intruders = self.intruders, {}
+        for lease in self.leases:
+            found = frozenset(name for name in strays if self.catalog.exclude(name, lease.consumer))
+            if found:
+                self.intruders[lease.seq] = found
+            for name in sorted(found - before.get(lease.seq, frozenset())):
+                self.note("intruder", name, beside=lease.consumer, lease_id=lease.lease_id, holder=lease.holder)
+                log.warning("intruder consumer=%s beside=%s lease_id=%s", name, lease.consumer, lease.lease_id)
+
+    # -- those outside --------------------------------------------------------------------------------------
+
+    def pause(self, pause: Pause | None) -> None:
+        """An operator keeps the card free from now on, or not any more."""
+        self.outside = replace(self.outside, pause=pause)
+        self._outside_changed()
+
+    def note_games(self, games: tuple[Game, ...]) -> None:
+        """Those that run now."""
+        before, self.outside = self.outside.games, replace(self.outside, games=games)
+        if bool(before) != bool(games):
+            first = (games or before)[0]
+            self.note("game" if games else "game_over", None, pid=first.pid, name=first.name)
+            log.info("%s pid=%s name=%s", "game" if games else "game over", first.pid, first.name)
+        if before != games:
+            self._outside_changed()
+
+    def _outside_changed(self) -> None:
+        """Whoever waits and cannot be granted any more is told at once, not at its turn."""
+        view = self.bare_view()
+        for ticket in list(self.tickets.values()):
+            error = None if ticket.granting else keeps_out(ticket.consumer, view)
+            if error is not None:
+                self.refuse(ticket, error)
+        self.advance()
+
+    def intruders_of(self, lease: Lease) -> frozenset[str]:
+        """As the last reading shows them."""
+        return self.intruders.get(lease.seq, frozenset())
+
+    def asked_to_yield(self, lease: Lease) -> Pause | Game | None:
+        """To whom its holder is asked to leave the card."""
+        return self.outside.closed(lease.gpus, self._clock.monotonic())
 
     def _lower_leftovers(self, reading: Reading) -> None:
         """An unload is proved while memory is still falling: what stays is the least that is seen afterwards."""
@@ -540,9 +638,11 @@ class State:
         else:
             log.info("gpu_readable")
 
-    def note_victim(self, victim: Victim, reading: Reading) -> None:
+    def note_victim(self, victim: Victim, reading: Reading, *, wanted_back: bool) -> None:
+        """``wanted_back``: it goes for somebody else's sake."""
         remembered = self.memory[victim.consumer]
         if victim.reason is None:
+            remembered.wanted_back = wanted_back
             remembered.evictions += victim.asked
             self.dirty.add(victim.consumer)
             remembered.used_since_unload = False
@@ -550,6 +650,7 @@ class State:
                 gpu = reading.gpu(ref)
                 held = None if gpu is None else gpu.held_mib(victim.consumer)
                 remembered.leftover_mib[ref] = held or 0
+            remembered.resident_since = None
 
     def note_health(self, consumer: str, error: str | None) -> None:
         remembered = self.memory[consumer]
@@ -567,6 +668,8 @@ class State:
             return
         remembered.asked = True
         remembered.busy = bool(busy)
+        if busy:
+            remembered.busy_seen = remembered.busy_asked
         remembered.busy_error = error
         remembered.tail = remembered.tail and remembered.busy
 

@@ -27,6 +27,8 @@ class Ask:
     wait_seconds: float | None = None
     holder: str | None = None
     request: RequestKey | None = None
+    restoring: bool = False
+    """Housekeeping's own: the consumer is to be loaded, and nobody holds it afterwards."""
 
 
 def _always() -> bool:
@@ -63,6 +65,7 @@ class Ticket:
     stirred: threading.Condition
     proxied: bool = False
     """A call that ends by itself, not a lease."""
+    restoring: bool = False
     callers: list[Caller] = field(default_factory=list)
     answered: bool = False
     """One of its callers was there to take the grant."""

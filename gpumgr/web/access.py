@@ -33,8 +33,9 @@ BEARER = "gpumgr.bearer"
 """Where a request's environment holds its Bearer."""
 FREE = frozenset({"status.healthz", "status.readyz"})
 PAGE = "status.status"
+BUTTON = "holds.press"
 PROXY = "proxy"
-OPERATES = frozenset({"leases.revoke"})
+OPERATES = frozenset({"leases.revoke", "holds.hold", "holds.resume", BUTTON})
 SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 """RFC 9110 section 9.2.1."""
 SIMPLE_TYPES = frozenset({"", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"})
@@ -192,7 +193,8 @@ def _password(credentials: str) -> str:
 
 
 def _may_be_basic(environ: Environ, endpoint: str | None) -> bool:
-    return endpoint == PAGE and environ["REQUEST_METHOD"] in ("GET", "HEAD")
+    """The page, and its button: whose origin was looked at before."""
+    return endpoint == BUTTON or (endpoint == PAGE and environ["REQUEST_METHOD"] in ("GET", "HEAD"))
 
 
 def _authorities(environ: Environ) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Flask
 
 from gpumgr.runtime.broker import Broker
-from gpumgr.web import access, leases, problems, proxy, status, upload
+from gpumgr.web import access, holds, leases, problems, proxy, status, upload
 from gpumgr.web.hangup import HangUp
 from gpumgr.web.places import Places
 
@@ -22,6 +22,7 @@ def create_app(broker: Broker) -> Flask:
     access.register(app, server)
     upload.register(app)
     app.register_blueprint(leases.routes(broker, places, hang_up))
+    app.register_blueprint(holds.routes(broker))
     app.register_blueprint(status.routes(broker))
     proxy.register(app, broker, places, hang_up)
     problems.register(app)

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import parse_qsl
 
 from flask import Request
 
@@ -26,6 +27,8 @@ BODY_SECONDS = 5.0
 ones."""
 ACQUIRE_FIELDS = ("kind", "consumer", "ttl_seconds", "wait_seconds", "holder", "request_id")
 RENEW_FIELDS = ("ttl_seconds",)
+HOLD_FIELDS = ("reason", "ttl_seconds")
+FORM_FIELDS = ("action", *HOLD_FIELDS)
 
 
 def acquire_ask(request: Request) -> Ask:
@@ -46,6 +49,34 @@ def acquire_ask(request: Request) -> Ask:
         holder=holder,
         request=RequestKey(bearer_of(request.environ).name, holder, request_id) if request_id is not None else None,
     )
+
+
+def hold_words(request: Request) -> tuple[str | None, float | None]:
+    """``reason`` and ``ttl_seconds`` of a hold, whose body may be empty. Raises: as ``acquire_ask``."""
+    raw = _raw(request)
+    if not raw.strip():
+        return None, None
+    fields = _parsed(request, raw, HOLD_FIELDS)
+    return _label(fields, "reason"), _seconds(fields, "ttl_seconds", least_exclusive=True)
+
+
+def pressed(request: Request) -> tuple[str | None, str | None, float | None]:
+    """``action``, ``reason`` and ``ttl_seconds`` of the page's form. Raises: InvalidRequest, PayloadTooLarge."""
+    try:
+        pairs = parse_qsl(_raw(request).decode("ascii"), keep_blank_values=True, max_num_fields=len(FORM_FIELDS))
+    except ValueError:
+        raise InvalidRequest("the form cannot be read") from None
+    fields: dict[str, Any] = {name: value for name, value in pairs if value}
+    for name in fields:
+        if name not in FORM_FIELDS:
+            raise InvalidRequest(f"unknown field {name[:64]!r}; allowed are {', '.join(FORM_FIELDS)}", field=name[:64])
+    try:
+        if "ttl_seconds" in fields:
+            fields["ttl_seconds"] = float(fields["ttl_seconds"])
+    except ValueError:
+        raise InvalidRequest("ttl_seconds must be a number of seconds", field="ttl_seconds") from None
+    seconds = _seconds(fields, "ttl_seconds", least_exclusive=True)
+    return _label(fields, "action"), _label(fields, "reason"), seconds
 
 
 def withdrawn_request(request: Request) -> RequestKey:

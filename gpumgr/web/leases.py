@@ -35,14 +35,19 @@ def routes(broker: Broker, places: Places, hang_up: HangUp) -> Blueprint:
 
     @blueprint.post("/v1/lease/<token>/renew")
     def renew(token: str) -> Response:
-        lease, waiting, healthy = broker.renew(token, renew_ttl(request))
+        renewed = broker.renew(token, renew_ttl(request))
+        lease, to = renewed.lease, renewed.yield_to
         return jsonify(
             {
                 "token": lease.token,
                 "expires_at": broker.state.shown(lease.expires_at),
                 "ttl_seconds": number(lease.ttl_seconds),
-                "waiting": waiting,
-                "consumer_healthy": healthy,
+                "waiting": renewed.waiting,
+                "consumer_healthy": renewed.healthy,
+                "yield_requested": to is not None,
+                "yield_reason": None if to is None else to.words,
+                "yield_since_at": None if to is None else to.since_at,
+                "intruders": list(renewed.intruders),
             }
         )
 

@@ -133,8 +133,27 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Banner:
+    """Something about the whole card that an operator should know first. ``tone``: ``note`` or ``bad``."""
+
+    said: str
+    more: str
+    tone: str = "note"
+
+
+@dataclass(frozen=True)
+class Button:
+    """A form of one click: its action, and the label and seconds of each of its buttons."""
+
+    action: str
+    labels: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Page:
     title: str
+    banners: Sequence[Banner]
+    button: Button | None
     mode: str
     mode_means: str
     store_error: str
@@ -152,9 +171,10 @@ class Page:
     refresh_seconds: int
 
 
-def page(snapshot: Facts, headroom_mib: int, *, refreshes: bool = True) -> Page:
-    """The whole page of one instant. ``refreshes``: the browser is asked to load it again and again."""
-    return _Showing(_visible(snapshot), headroom_mib).page(REFRESH_SECONDS if refreshes else 0)
+def page(snapshot: Facts, headroom_mib: int, *, refreshes: bool = True, may_hold: bool = False) -> Page:
+    """The whole page of one instant. ``refreshes``: the browser is asked to load it again and again. ``may_hold``: its
+    reader may keep the card free."""
+    return _Showing(_visible(snapshot), headroom_mib, may_hold).page(REFRESH_SECONDS if refreshes else 0)
 
 
 def _visible(value: Any) -> Any:
@@ -168,8 +188,9 @@ def _visible(value: Any) -> Any:
 class _Showing:
     """What everything on one page needs to know: the instant, and how each consumer is marked."""
 
-    def __init__(self, snapshot: Facts, headroom_mib: int) -> None:
+    def __init__(self, snapshot: Facts, headroom_mib: int, may_hold: bool = False) -> None:
         self.snapshot = snapshot
+        self.may_hold = may_hold
         self.headroom_mib = headroom_mib
         self.now = snapshot.get("now")
         self.gpus, self.consumers, self.leases, self.queue, self.events = (
@@ -183,6 +204,8 @@ class _Showing:
         started = self.snapshot.get("started_at")
         return Page(
             title=_title(self),
+            banners=[*self.hold_banner(), *self.game_banners(), *self.intruder_banners()],
+            button=self.button(),
             mode=mode,
             store_error=_store_error(self.snapshot.get("store")),
             mode_means="" if mode == EVICTING else words.MODES.get(mode, "This page does not know what that means."),
@@ -206,6 +229,46 @@ class _Showing:
     def ago(self, instant: object) -> str:
         since = words.between(instant, self.now)
         return words.NOT_KNOWN if since is None else f"{span(since, 1)} ago"
+
+    # -- what comes first -----------------------------------------------------------------------------------
+
+    def hold_banner(self) -> list[Banner]:
+        hold = self.snapshot.get("hold")
+        if not isinstance(hold, Mapping):
+            return []
+        why = f" for {plain(hold['reason'])}" if hold.get("reason") else ""
+        by = f" by {plain(hold['by'])}" if hold.get("by") else ""
+        until = words.clock(hold.get("until_at"), self.now)
+        means = words.HOLD.get(plain(hold.get("state")), "")
+        whose = plain(hold.get("in_use") or hold.get("resident") or "")
+        return [Banner(f"The card is kept free{why}{by} until {until} UTC.", f"{means} {whose}".strip())]
+
+    def game_banners(self) -> list[Banner]:
+        games = [game for game in self.snapshot.get("games") or [] if isinstance(game, Mapping)]
+        return [
+            Banner(
+                f"{words.known(game.get('name'))} (pid {words.known(game.get('pid'))}) runs since "
+                f"{words.clock(game.get('since_at'), self.now)} UTC.",
+                words.GAME,
+            )
+            for game in games[:1]
+        ]
+
+    def intruder_banners(self) -> list[Banner]:
+        return [
+            Banner(
+                f"{plain(lease['intruders'])} came onto the card beside {_held_by(lease)}.", words.INTRUDER, tone="bad"
+            )
+            for lease in self.leases
+            if lease.get("intruders")
+        ]
+
+    def button(self) -> Button | None:
+        if not self.may_hold:
+            return None
+        if isinstance(self.snapshot.get("hold"), Mapping):
+            return Button("resume", [("Let the card be used again", "")])
+        return Button("hold", words.HOLD_FOR)
 
     # -- the card -------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ ROUTES = (
     "DELETE /v1/leases/{lease_id}",
     "ANY /v1/{kind}",
     "ANY /v1/{kind}/{path}",
+    "POST, GET or DELETE /v1/hold",
     "GET /v1/status",
     "GET /healthz",
     "GET /readyz",

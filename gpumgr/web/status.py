@@ -37,7 +37,8 @@ def routes(broker: Broker) -> Blueprint:
             found["leases"] = [lease | {"token": None} for lease in found["leases"]]
         if prefers_page(request):
             refreshes = request.args.get("refresh") != "off"
-            response = printed(page(found, broker.settings.gpu.headroom_mib, refreshes=refreshes))
+            may_hold = bearer_of(request.environ).operates
+            response = printed(page(found, broker.settings.gpu.headroom_mib, refreshes=refreshes, may_hold=may_hold))
         else:
             response = jsonify(found)
         response.vary.add("Accept")
@@ -77,13 +78,14 @@ def printer(style: str) -> Callable[[Page], Response]:
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     )
 
     def printed(page: Page) -> Response:
         response = Response(render_template("status.html", page=page, style=Markup(style)), mimetype="text/html")  # noqa: S704 - our own file
         response.headers["Content-Security-Policy"] = policy
-        response.headers["Referrer-Policy"] = "no-referrer"
+        # With no-referrer a browser says "Origin: null" of the page's own form (Fetch, "append a request Origin").
+        response.headers["Referrer-Policy"] = "same-origin"
         response.headers["X-Frame-Options"] = "DENY"  # for browsers that do not know frame-ancestors
         return response
 

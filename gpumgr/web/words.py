@@ -35,6 +35,14 @@ WAITING_FOR = {
     ),
     "draining": ("draining", "it has its turn, and work that still runs must end before its memory is taken"),
 }
+HOLD = {
+    "draining": "Nobody is granted it. It is still used, and its holders are asked to yield:",
+    "unloading": "Nobody is granted it. Still on the card:",
+    "free": "Nobody is granted it, and nobody is on it.",
+}
+HOLD_FOR = (("1 hour", "3600"), ("4 hours", "14400"), ("12 hours", "43200"))
+GAME = "Who is idle is unloaded, holders are asked to yield, and only what fits beside it is granted."
+INTRUDER = "Somebody uses it without gpumgr; it is unloaded as soon as that breaks nothing."
 MODES = {
     "locked": "Turns and leases as always, and nothing is unloaded: who is on the card stays while there is room, and "
     "what does not fit is refused. What would have been unloaded is told by would_evict events.",
@@ -165,8 +173,17 @@ def _start(facts: _Left) -> str:
     return f"gpumgr{_with(' ', facts, 'version')} started"
 
 
+WHY = {"hold": "to keep the card free", "game": "for a game", "intruder": "as an intruder", "idle": "as it was idle"}
+"""Of an unload that no request asked for."""
+
+
+def _why(facts: _Left) -> str:
+    why = facts.pop("why", None)
+    return "" if why is None else f" {WHY.get(plain(why), plain(why))}"
+
+
 def _evict(facts: _Left) -> str:
-    unloaded = f"unloaded{_with(' for ', facts, 'for')}{_in(facts)}"
+    unloaded = f"unloaded{_with(' for ', facts, 'for')}{_why(facts)}{_in(facts)}"
     numbers = f"{mib(facts.pop('held_mib', None))} before, {mib(facts.pop('still_held_mib', None))} after"
     return f"{unloaded}: {numbers}{_with('; proof: ', facts, 'proof')}"
 
@@ -175,7 +192,11 @@ def _evict_failed(facts: _Left) -> str:
     reason = facts.pop("reason", None)
     still = f"{mib(facts.pop('still_held_mib', None))} of {mib(facts.pop('held_mib', None))}"
     why = "" if reason is None else f", {KEPT.get(str(reason), plain(reason))}"
-    return f"not unloaded{_with(' for ', facts, 'for')}{_in(facts)}{why}: it still has {still}"
+    return f"not unloaded{_with(' for ', facts, 'for')}{_why(facts)}{_in(facts)}{why}: it still has {still}"
+
+
+def _intruder(facts: _Left) -> str:
+    return f"it came onto the card without having asked{_with(' beside ', facts, 'beside')}, leased to {_who(facts)}"
 
 
 def _revoke(facts: _Left) -> str:
@@ -213,7 +234,15 @@ EVENTS: dict[str, Callable[[_Left], str]] = {
         f"a proxied call went ahead although a lease would have been refused{_with(': ', facts, 'reason')}"
     ),
     "gpu_unreadable": lambda facts: f"the card cannot be read{_with(': ', facts, 'problems')}",
-    "intruder": lambda _: "somebody uses the GPU without having asked",
+    "intruder": _intruder,
+    "hold": lambda facts: (
+        f"the card is kept free{_with(' for ', facts, 'reason')}{_with(' by ', facts, 'by')}"
+        f"{_with(' until ', facts, 'until_at')}"
+    ),
+    "resume": lambda facts: f"the card is lent again{_with(' by ', facts, 'by')}{_with(': ', facts, 'reason')}",
+    "game": lambda facts: f"a game began{_with(': ', facts, 'name')}",
+    "game_over": lambda facts: f"the last game ended{_with(': ', facts, 'name')}",
+    "restore": lambda facts: "loaded, as wanted from the start" if facts.pop("preload", None) else "brought back",
     "would_wait": _would_wait,
     "would_evict": _would_evict,
     "would_refuse": lambda facts: _refused("would have been", facts),

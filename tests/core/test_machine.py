@@ -291,7 +291,7 @@ class BrokerMachine(RuleBasedStateMachine):
     def renew(self, pick: int, ttl: float | None) -> None:
         held = self.held[-1 - pick % len(self.held)]
         try:
-            lease, _, _ = self.world.broker.renew(held.token, ttl)
+            lease = self.world.broker.renew(held.token, ttl).lease
         except LeaseUnknown:
             assert not held.alive(self.now), "a live lease was not renewed"
             self.notice_expiry()

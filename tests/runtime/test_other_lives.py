@@ -115,7 +115,7 @@ def test_a_renew_extends_no_further_than_the_longest_hold() -> None:
     world = World(catalog(consumer("paint", 14000)), max_hold_seconds=100)
     lease = world.grant("paint", ttl_seconds=60)
     world.pass_time(50)
-    renewed, _, _ = world.broker.renew(lease.token, None)
+    renewed = world.broker.renew(lease.token, None).lease
     assert renewed.expires_at == lease.granted_at + 100
     world.restart()
     assert world.broker.lease(lease.token).expires_at == lease.granted_at + 100

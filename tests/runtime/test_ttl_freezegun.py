@@ -76,7 +76,7 @@ def test_renew_at_the_last_moment(world: World, frozen: Frozen) -> None:
     lease = world.grant("paint", ttl_seconds=60)
     for _ in range(3):
         frozen.tick(59.5)
-        renewed, waiting, healthy = world.broker.renew(lease.token, None)
+        renewed, waiting, healthy = world.broker.renew(lease.token, None)[:3]
         assert renewed.expires_at == pytest.approx(world.now + 60)
         assert (waiting, healthy) == (0, True)
         assert world.broker.tick() == 0
@@ -104,7 +104,7 @@ def test_clamped_at_the_grant_and_at_each_renew(
 ) -> None:
     lease = world.grant("paint", ttl_seconds=asked)
     assert lease.ttl_seconds == given
-    renewed, _, _ = world.broker.renew(lease.token, asked)
+    renewed = world.broker.renew(lease.token, asked).lease
     assert renewed.ttl_seconds == given
     frozen.tick(given - 0.5)
     assert world.broker.tick() == 0

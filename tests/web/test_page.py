@@ -114,7 +114,7 @@ def shown(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> Callable[[Fac
         answer = client.get("/v1/status", headers={"Accept": BROWSER})
         assert answer.status_code == 200
         walk = Walk(answer.get_data(as_text=True))
-        assert {"script", "img", "iframe", "form", "object", "base"}.isdisjoint(walk.tags)
+        assert {"script", "img", "iframe", "object", "base"}.isdisjoint(walk.tags)
         assert all(re.match(r"\?|\.\./|data:image/svg\+xml,", link) for link in walk.links), walk.links
         assert TOKEN not in answer.get_data(as_text=True)
         return walk
@@ -183,10 +183,10 @@ def test_the_policy_lets_nothing_run_and_names_the_one_style(client: FlaskClient
         "style-src": f"'sha256-{digest}'",
         "img-src": "data:",
         "base-uri": "'none'",
-        "form-action": "'none'",
+        "form-action": "'self'",
         "frame-ancestors": "'none'",
     }
-    assert answer.headers["Referrer-Policy"] == "no-referrer"
+    assert answer.headers["Referrer-Policy"] == "same-origin"
 
 
 def test_it_loads_itself_again_until_it_is_asked_to_hold_still(client: FlaskClient) -> None:
@@ -252,7 +252,12 @@ def test_every_use_is_told(shown: Callable[[Facts], Walk], use: str) -> None:
         ("evict_failed", "not unloaded for paint in 30 s, it kept its memory: it still has 9 MiB of 9 MiB"),
         ("proxy_over_budget", "although a lease would have been refused: it needs more code=insufficient_vram"),
         ("gpu_unreadable", "the card cannot be read: GPU 0: gone"),
-        ("intruder", "somebody uses the GPU without having asked pid=4"),
+        ("intruder", "it came onto the card without having asked beside paint, leased to imagen lease_id=aa14"),
+        ("hold", "the card is kept free for a game by ada until 2026-11-24T20:00:00.000Z"),
+        ("resume", "the card is lent again by ada"),
+        ("game", "a game began: bg3.exe pid=4"),
+        ("game_over", "the last game ended: bg3.exe pid=4"),
+        ("restore", "brought back"),
         ("would_wait", "chat would have waited for: holder; behind paint"),
         ("would_evict", "chat would have been unloaded for imagen"),
         ("would_refuse", "imagen would have been refused: insufficient_vram; it needs 14000 MiB"),
@@ -285,6 +290,24 @@ def test_a_card_that_cannot_be_read_is_loud(shown: Callable[[Facts], Walk], decl
     assert said in walk.text
     assert walk.state.startswith("GPU 0 cannot be read, paint held")
     assert "never read" in walk.text
+
+
+def test_a_hold_a_game_and_an_intruder_are_told_first(shown: Callable[[Facts], Walk]) -> None:
+    facts = everything()
+    hold = {
+        "by": "ada",
+        "reason": "bg3",
+        "until_at": "2026-11-24T20:00:00.000Z",
+        "state": "draining",
+        "in_use": ["paint"],
+    }
+    games = [{"pid": 4, "name": "bg3.exe", "since_at": "2026-11-24T15:00:00.000Z"}]
+    leases = [lease | {"intruders": ["chat"]} for lease in facts["leases"][:1]]
+    text = shown(facts | {"hold": hold, "games": games, "leases": leases}).text
+    assert "The card is kept free for bg3 by ada until 20:00:00 UTC." in text
+    assert "its holders are asked to yield: paint" in text
+    assert "bg3.exe (pid 4) runs since 15:00:00 UTC." in text
+    assert "chat came onto the card beside paint held by imagen." in text
 
 
 @pytest.mark.parametrize(

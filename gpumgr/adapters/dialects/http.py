@@ -52,6 +52,13 @@ class Http:
         if self._settings.load is not None:
             self._call(self._settings.load, self._settings.load.timeout_seconds or LOAD_SECONDS)
 
+    @property
+    def can_restore(self) -> bool:
+        return self.can_load
+
+    def restore(self) -> None:
+        self.load()
+
     def loaded(self) -> LoadedReport | None:
         return None if self._settings.loaded is None else LoadedReport(loaded=self._ask(self._settings.loaded))
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import time
 from typing import ClassVar, TypedDict
 
-from gpumgr.adapters.dialects.http import REPORT_SECONDS, Http
-from gpumgr.config import Call
+from gpumgr.adapters.dialects.http import LOAD_SECONDS, REPORT_SECONDS, Http
+from gpumgr.config import Call, ConsumerSettings
 from gpumgr.core.placement import Report as LoadedReport
 from gpumgr.runtime.ports import BackendError
 
@@ -34,9 +34,26 @@ class Ollama(Http):
     usual_processes: ClassVar[tuple[str, ...]] = ("*/ollama", "*/ollama_llama_server")
     """A runner is started by its whole path: its own, or until 0.5 that of a server beside it."""
 
+    def __init__(self, settings: ConsumerSettings) -> None:
+        super().__init__(settings)
+        self._unloaded: list[str] = []
+        """What the last unload took from the card, by name."""
+
     @property
     def can_unload(self) -> bool:
         return True
+
+    @property
+    def can_restore(self) -> bool:
+        return self.can_load or bool(self._unloaded)
+
+    def restore(self) -> None:
+        """A request without a prompt loads a model (docs/api.md of ollama, "Load a model")."""
+        if self.can_load:
+            self.load()
+            return
+        for name in list(self._unloaded):
+            self._call(Call(method="POST", path="/api/generate", json={"model": name}), LOAD_SECONDS)
 
     def unload(self, within_seconds: float) -> None:
         """Every model is asked for, also where one fails: a name removed while it is loaded is a 404."""
@@ -45,7 +62,10 @@ class Ollama(Http):
             return
         until = time.monotonic() + within_seconds
         failure: BackendError | None = None
-        for model in self._models(min(REPORT_SECONDS, within_seconds)):
+        models = self._models(min(REPORT_SECONDS, within_seconds))
+        if models:  # asked again it lists nothing any more
+            self._unloaded = [model["name"] for model in models]
+        for model in models:
             body = {"model": model["name"], "keep_alive": 0}
             left = max(0.1, min(UNLOAD_SECONDS, until - time.monotonic()))
             try:
