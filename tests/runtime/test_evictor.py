@@ -65,6 +65,9 @@ class Services:
     def all(self) -> list[SimulatedService]:
         return [self.comfyui, self.ollama, self.mvoice]
 
+    def restore(self) -> None:
+        raise AssertionError("an evictor brings nothing back")
+
     def load(self) -> None:
         requests.post(f"{self.comfyui.url}/prompt", json={"prompt": {"1": {}}}, timeout=5).raise_for_status()
         requests.post(f"{self.ollama.url}/api/generate", json={"model": "llama3.1:8b"}, timeout=5).raise_for_status()
@@ -256,6 +259,7 @@ class Backend:
     can_unload: bool = True
     can_load: bool = False
     load_starts_service: bool = False
+    can_restore: bool = False
     falls_after: float | None = 0.0
     falls_to_mib: int = CONTEXT_MIB
     loses: int = 0
@@ -281,6 +285,9 @@ class Backend:
         if self._falls_at is not None and self.clock.now >= self._falls_at:
             self.take(self.falls_to_mib)
             self._falls_at = None
+
+    def restore(self) -> None:
+        raise AssertionError("an evictor brings nothing back")
 
     def unload(self, within_seconds: float) -> None:
         self.asked_at.append(round(self.clock.now - self._began, 6))

@@ -89,7 +89,11 @@ def test_a_preparation_under_way_ends_with_the_hold() -> None:
     w.services["chat"].take()
     caller = w.ask("paint")
     [seq] = w.begun()
-    w.services["chat"].before_unload = lambda _: w.broker.outsiders.hold("a game", None, None) and None
+
+    def hold(_: str) -> None:
+        w.broker.outsiders.hold("a game", None, None)
+
+    w.services["chat"].before_unload = hold
     w.step(seq)
     assert isinstance(caller.error(), GpuYielded)
     w.prepare()

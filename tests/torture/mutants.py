@@ -19,7 +19,7 @@ from gpumgr import wiring
 from gpumgr.adapters import store
 from gpumgr.core import queue
 from gpumgr.core.catalog import Catalog
-from gpumgr.core.lease import EndReason, Lease, LeaseBook
+from gpumgr.core.lease import EndReason, Lease, LeaseBook, Renewed
 from gpumgr.core.queue import Entry
 from gpumgr.errors import LeaseUnknown
 from gpumgr.runtime.broker import Broker
@@ -139,14 +139,14 @@ def revival() -> None:
             expired[lease.token] = lease
         end(self, lease, reason, now)
 
-    def reviving(self: Broker, token: str, ttl_seconds: float | None) -> tuple[Lease, int, bool | None]:
+    def reviving(self: Broker, token: str, ttl_seconds: float | None) -> Renewed:
         try:
             return renew(self, token, ttl_seconds)
         except LeaseUnknown:
             if token not in expired:
                 raise
             lease = expired[token]
-            return replace(lease, expires_at=self.clock.monotonic() + lease.ttl_seconds), 0, True
+            return Renewed(replace(lease, expires_at=self.clock.monotonic() + lease.ttl_seconds), 0, True)
 
     _put(LeaseBook, "end", remembering)
     _put(Broker, "renew", reviving)
