@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
 from gpumgr.adapters.upstream import Head, Header, Upstream
+from gpumgr.config.free_paths import is_free
 from gpumgr.errors import InvalidRequest, NotFound
 
 LEASE, WAIT = "X-GPU-Lease", "X-GPU-Wait"
@@ -25,6 +26,8 @@ OURS = frozenset({"host", "content-length", "expect", LEASE.lower(), WAIT.lower(
 GUNICORNS = frozenset({"content-length", "date", "server"})
 """gunicorn 23 writes its own Date and Server, and drops others' (http/wsgi.py and util.py)."""
 
+OVERRIDES = ("HTTP_X_HTTP_METHOD_OVERRIDE", "HTTP_X_HTTP_METHOD", "HTTP_X_METHOD_OVERRIDE")
+"""Some servers take these for the method."""
 SECONDS = re.compile(r"(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 ABSOLUTE = re.compile(r"\A[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 NOT_IN_A_TARGET = re.compile(r"[\x00-\x20\x7f]")
@@ -62,6 +65,18 @@ def target(environ: Environ, kind: str, upstream: Upstream) -> str:
         )
     joint = "&" if mark and "?" in upstream.proxy_path else mark
     return f"{upstream.prefix}{upstream.proxy_path}{joint}{query}"
+
+
+def path_of(target: str, upstream: Upstream) -> str:
+    """Of what is sent, without the url's own path and without query."""
+    return target.partition("?")[0].removeprefix(upstream.prefix)
+
+
+def needs_no_turn(environ: Environ, target: str, upstream: Upstream) -> bool:
+    """Whether this call is one that its consumer answers without the GPU."""
+    if any(name in environ for name in OVERRIDES):
+        return False
+    return is_free(upstream.free_paths, environ["REQUEST_METHOD"], path_of(target, upstream))
 
 
 def _leaves(rest: str) -> bool:

@@ -39,6 +39,7 @@ from gpumgr.web.upload import Upload
 
 log = logging.getLogger(__name__)
 
+_Turn = Callable[[Caller], Call]
 RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -88,7 +89,7 @@ class _Proxy:
         consumer = self.broker.state.catalog.resolve(kind=kind, consumer=None)
         exchange = Exchange(self.upstreams[consumer.name], self.broker.settings.proxy)
         target = passing.target(request.environ, kind, exchange.upstream)
-        turn = self._turn(kind)
+        turn = self._turn(kind, free=passing.needs_no_turn(request.environ, target, exchange.upstream))
         passage = _Passage(self, exchange, sock, self.places.take())
         try:
             passage.begin(turn)
@@ -97,13 +98,13 @@ class _Proxy:
             passage.close()
             raise
 
-    def _turn(self, kind: str) -> Callable[[Caller], Call]:
-        """How to get the GPU; a lease needs no wait. Raises: InvalidRequest."""
+    def _turn(self, kind: str, *, free: bool) -> _Turn | None:
+        """How to get the GPU; a lease needs no wait. None: it is not needed. Raises: InvalidRequest."""
         token = request.environ.get("HTTP_X_GPU_LEASE")
         if token is not None:
             return lambda _: self.broker.call_under_lease(token, kind)
         ask = Ask(kind=kind, wait_seconds=passing.wait_seconds(request.environ))
-        return lambda caller: self.broker.call(ask, caller)
+        return None if free else lambda caller: self.broker.call(ask, caller)
 
 
 class _Passage:
@@ -123,10 +124,11 @@ class _Passage:
         self._head_sent = False
         self._closed = False
 
-    def begin(self, turn: Callable[[Caller], Call]) -> None:
+    def begin(self, turn: _Turn | None) -> None:
         """Raises: what the turn raises; RequestEnded where the caller left while it waited."""
-        with self._proxy.hang_up.while_waiting(self._sock, self._proxy.broker) as caller:
-            self._call = turn(caller)
+        if turn is not None:
+            with self._proxy.hang_up.while_waiting(self._sock, self._proxy.broker) as caller:
+                self._call = turn(caller)
         if self._sock is not None:
             stall_seconds = self._proxy.broker.settings.proxy.stall_timeout_seconds
             self._sock.settimeout(stall_seconds)

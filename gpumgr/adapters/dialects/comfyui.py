@@ -20,12 +20,22 @@ from gpumgr.runtime.ports import BackendError
 FREE = Call(method="POST", path="/api/free", json={"unload_models": True, "free_memory": True})
 CONTEXT_MIB = 768
 """What torch keeps reserved without a model: below this the consumer counts as not loaded."""
+FREE_PATHS = (
+    *("GET /history", "GET /history/*", "GET /view", "GET /view_metadata/*", "GET /queue", "GET /prompt"),
+    *("GET /system_stats", "GET /object_info", "GET /object_info/*", "GET /features", "GET /extensions"),
+    *("GET /embeddings", "GET /models", "GET /models/*", "GET /jobs", "GET /jobs/*"),
+    *("POST /upload/image", "POST /upload/mask", "POST /interrupt", "POST /queue"),
+)
+"""``POST /queue`` deletes what waits: whoever gives up a prompt must not wait for its end first."""
 
 
 class ComfyUI(Http):
     ask_again_seconds: float | None = 1.0
     health_default: ClassVar[str | None] = "/system_stats"
     proxy_path_default: ClassVar[str | None] = "/prompt"
+    free_paths_default: ClassVar[tuple[str, ...]] = FREE_PATHS + tuple(
+        free.replace(" /", " /api/", 1) for free in FREE_PATHS
+    )
     usual_processes: ClassVar[tuple[str, ...]] = ("*/ComfyUI/main.py",)
     strips_headers: ClassVar[frozenset[str]] = frozenset(
         {"origin", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user"}

@@ -21,6 +21,8 @@ class Http:
     ask_again_seconds: float | None = 2.0
     health_default: ClassVar[str | None] = None
     proxy_path_default: ClassVar[str | None] = None
+    free_paths_default: ClassVar[tuple[str, ...]] = ()
+    """What callers may have without the GPU (config/free_paths.py): it never loads anything onto the card."""
     usual_processes: ClassVar[tuple[str, ...]] = ()
     """Patterns of its processes, for a file that says nothing of them (ownership.py)."""
     strips_headers: ClassVar[frozenset[str]] = frozenset()
