@@ -109,8 +109,12 @@ def _behind_kind(path: str, kind: str) -> tuple[str, str, str]:
     return "/v1/" + kind, "/" if len(segments) == 3 else "", "".join(segments[2:])
 
 
-def request_headers(environ: Environ, upstream: Upstream, length: str | None) -> list[Header]:
-    """gunicorn has joined headers of the same name, and forgotten how their names were written.
+def request_headers(
+    environ: Environ, upstream: Upstream, length: str | None, *, plain_answer: bool = False
+) -> list[Header]:
+    """``plain_answer``: one that is read here, and so must not be compressed.
+
+    gunicorn has joined headers of the same name, and forgotten how their names were written.
 
     Those of the configuration replace the caller's: whoever may call need not know the consumer's key. An answer to
     TRACE would tell it (RFC 9110 section 9.3.8).
@@ -119,6 +123,7 @@ def request_headers(environ: Environ, upstream: Upstream, length: str | None) ->
     replaced = {name.lower() for name, _ in own}
     unwanted = HOP_BY_HOP | OURS | upstream.strips | replaced | _listed(environ.get("HTTP_CONNECTION", ""))
     named = ((key[5:].replace("_", "-").title(), value) for key, value in environ.items() if key.startswith("HTTP_"))
+    unwanted |= {"accept-encoding"} if plain_answer else set()
     headers = [(name, value) for name, value in named if name.lower() not in unwanted]
     headers += own
     if environ.get("CONTENT_TYPE") and "content-type" not in replaced:

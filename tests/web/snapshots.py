@@ -101,6 +101,8 @@ _EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("proxy_over_budget", {"code": "insufficient_vram", "reason": "it needs more"}),
     ("gpu_unreadable", {"consumer": None, "problems": ["GPU 0: gone"]}),
     ("intruder", {"consumer": None, "pid": 4}),
+    ("work_long", {"work": "prompt 6b1f", "held_seconds": 600.2}),
+    ("work_lost", {"work": "prompt 6b1f", "held_seconds": 75.0, "how": "died", "reason": "nobody listens"}),
     ("would_wait", {"holder": "chat", "waiting_for": "holder", "behind": ["paint"]}),
     ("would_evict", {"holder": "imagen", "victims": ["chat"]}),
     ("would_refuse", {"holder": "imagen", "code": "insufficient_vram", "reason": "it needs 14000 MiB"}),

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from gpumgr.adapters.dialects.wire import Answer, send
 from gpumgr.config import Call, ConsumerSettings, Report
+from gpumgr.core.following import Work
 from gpumgr.core.placement import Report as LoadedReport
 from gpumgr.runtime.ports import BackendError
 
@@ -62,6 +63,15 @@ class Http:
 
     def interrupt(self) -> None:
         """There is no such call that all servers know."""
+
+    def begins_work(self, method: str, path: str) -> bool:  # noqa: ARG002
+        return False
+
+    def work_begun(self, status: int, body: bytes) -> Work | None:  # noqa: ARG002
+        return None
+
+    def is_done(self, work: Work) -> bool | None:  # noqa: ARG002
+        return None
 
     # -- calls ----------------------------------------------------------------------------------------------
 
