@@ -53,6 +53,14 @@ def refusal(file: Path) -> str:
     return sentence.removeprefix(f"{file}: ")
 
 
+def test_free_paths_replace_the_dialects_own(tmp_path: Path) -> None:
+    file = written(tmp_path, {"consumers.comfyui.proxy_free_paths": ["GET /history/*", "POST /x"]})
+    free = config.load_file(file).consumers["comfyui"].proxy_free_paths
+    assert free is not None
+    assert [str(path) for path in free] == ["GET /history/*", "POST /x"]
+    assert config.load_file(written(tmp_path, {})).consumers["comfyui"].proxy_free_paths is None
+
+
 def test_defaults(tmp_path: Path) -> None:
     settings = config.load_file(written(tmp_path, {}))
     comfyui = settings.catalog.consumers["comfyui"]
@@ -77,6 +85,9 @@ def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
     ("changes", "words"),
     [
         ({"colour": 1}, ["colour is not a known key"]),
+        ({"consumers.comfyui.proxy_free_paths": "GET /a"}, ["comfyui.proxy_free_paths must be a list"]),
+        ({"consumers.comfyui.proxy_free_paths": ["/a"]}, ["proxy_free_paths[0]", "GET /history/*", "'/a'"]),
+        ({"consumers.comfyui.proxy_free_paths": ["GET /a", "GET /a/../b"]}, ["proxy_free_paths[1]", "no '..'"]),
         ({"server.bnid": "x"}, ["server.bnid", "did you mean bind?"]),
         ({"server.bind": "8770"}, ["server.bind", "127.0.0.1:8770"]),
         ({"server.bind": "127.0.0.1:99999"}, ["server.bind"]),

@@ -50,6 +50,7 @@ def test_every_error_has_its_row(code: str) -> None:
         *("auth", "trusted_network", "tokens_file", "allowed_hosts", "allowed_origins", "headers"),
         *("unload", "load", "loaded", "proxy_path", "untracked_peak_seconds", "yield_to", "yield_reserve_mib"),
         *("yield_gpus", "idle_unload_seconds", "restore", "restore_after_seconds", "preload"),
+        *("proxy_free_paths",),
     ],
 )
 def test_every_key_is_in_the_reference(key: str) -> None:

@@ -20,6 +20,7 @@ from gpumgr.adapters.clock import SystemClock
 from gpumgr.adapters.simulated import SimulatedProbe
 from gpumgr.config import GpuSettings, LeaseSettings, Rest, SchedulingSettings, ServerSettings, Settings
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
+from gpumgr.core.following import Work
 from gpumgr.core.lease import Call, EndReason, Lease, RequestKey
 from gpumgr.core.placement import Report
 from gpumgr.errors import GpumgrError
@@ -111,6 +112,9 @@ class Service:
         self.computing: bool | BackendError | None = None
         """What it says when it is asked whether it is busy; None: it has no such report. A BackendError is raised."""
         self.asked_whether_busy = 0
+        self.works: dict[str, bool | BackendError] = {}
+        """What it says of each: whether it is done, or a BackendError that is raised; of others it knows nothing."""
+        self.asked_for_work = 0
         self.unloads_while_computing = 0
         self.asked_to_unload = 0
         self.asked_to_interrupt = 0
@@ -174,6 +178,19 @@ class Service:
 
     def interrupt(self) -> None:
         self.asked_to_interrupt += 1
+
+    def begins_work(self, method: str, path: str) -> bool:
+        return (method, path) == ("POST", "/work")
+
+    def work_begun(self, status: int, body: bytes) -> Work | None:
+        return Work("job", body.decode()) if body and status == 200 else None
+
+    def is_done(self, work: Work) -> bool | None:
+        self.asked_for_work += 1
+        state = self.works.get(work.id)
+        if isinstance(state, BackendError):
+            raise state
+        return state
 
 
 class LedgerStore:

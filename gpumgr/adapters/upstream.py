@@ -27,6 +27,7 @@ from urllib.parse import quote, urlsplit
 from gpumgr.adapters.dialects import REGISTERED
 from gpumgr.adapters.early import Early
 from gpumgr.config import ConsumerSettings, ProxySettings
+from gpumgr.config.free_paths import FreePath, free_path
 from gpumgr.runtime.ports import BackendError, BackendReason
 
 PIECE_BYTES = 64 * 1024
@@ -56,12 +57,14 @@ class Upstream:
     proxy_path: str | None
     strips: frozenset[str]
     headers: tuple[Header, ...] = field(default=(), repr=False)
+    free_paths: tuple[FreePath, ...] = ()
 
 
 def upstream_of(settings: ConsumerSettings) -> Upstream:
     parts = urlsplit(settings.url)
     dialect = REGISTERED[settings.dialect]
     proxy_path = settings.proxy_path or dialect.proxy_path_default
+    free = settings.proxy_free_paths
     return Upstream(
         consumer=settings.name,
         url=settings.url,
@@ -73,6 +76,7 @@ def upstream_of(settings: ConsumerSettings) -> Upstream:
         proxy_path=None if proxy_path is None else _escaped(proxy_path),
         strips=dialect.strips_headers,
         headers=settings.headers,
+        free_paths=tuple(map(free_path, dialect.free_paths_default)) if free is None else free,
     )
 
 

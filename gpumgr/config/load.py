@@ -251,6 +251,7 @@ def _consumer(name: str, consumers: Section, environ: Mapping[str, str]) -> tupl
         busy=_report(section, "busy"),
         loaded=_report(section, "loaded"),
         proxy_path=section.take("proxy_path", check.url_path, "") or None,
+        proxy_free_paths=section.take("proxy_free_paths", check.free_paths, None),
         headers=section.take("headers", access.Headers(environ), no_headers),
         processes=section.take("processes", check.texts, no_texts),
         unit=section.take("unit", check.unit, "") or None,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from gpumgr.config.free_paths import FreePath
 from gpumgr.core.catalog import Catalog, GpuRef
 
 
@@ -128,6 +129,8 @@ class ConsumerSettings:
     busy: Report | None = None
     loaded: Report | None = None
     proxy_path: str | None = None
+    proxy_free_paths: tuple[FreePath, ...] | None = None
+    """None: the dialect's own."""
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     """Sent with every call to it; their values may be keys."""
     processes: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from gpumgr.config.free_paths import FreePath, free_path
 from gpumgr.config.predecessor import KEYS, WORDS
 from gpumgr.config.settings import ConfigError
 from gpumgr.core.catalog import GpuRef
@@ -183,6 +184,16 @@ def url_path(where: str, value: Any) -> str:
     if not written.startswith("/") or any(c.isspace() for c in written):
         raise ConfigError(f"{where} must be a path that begins with /, not {shown(value)}")
     return written
+
+
+def free_paths(where: str, value: Any) -> tuple[FreePath, ...] | None:
+    found = []
+    for i, written in enumerate(texts(where, value)):
+        try:
+            found.append(free_path(written))
+        except ValueError as error:
+            raise ConfigError(f"{where}[{i}] {error}, not {shown(written)}") from None
+    return tuple(found)
 
 
 def url(where: str, value: Any) -> str:

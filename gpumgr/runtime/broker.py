@@ -27,6 +27,7 @@ from gpumgr.core.placement import impossible, insufficient, keeps_out
 from gpumgr.core.queue import Fifo, Phase
 from gpumgr.errors import GpumgrError, InternalError, LeaseMismatch, LeaseUnknown, Refused, RequestEnded, ShuttingDown
 from gpumgr.runtime.evictor import Evictor
+from gpumgr.runtime.following import Follower
 from gpumgr.runtime.housekeeping import Housekeeping
 from gpumgr.runtime.outsiders import Outsiders
 from gpumgr.runtime.ports import BackendError, Clock, Dialect, GameWatch, Probe, Store, StoreError
@@ -109,6 +110,7 @@ class Broker:
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._card = Rounds("observe-card", self.observe_card)
         self._servers = Rounds("observe-servers", self._observe_servers)
+        self.follower = Follower(self.state, dialects, clock, self.end_call, self._servers.nudge)
         self._card_read = threading.Condition(self.state.lock)
         self.outsiders = Outsiders(self.state, store, clock, games, self._outside_changed)
         self._games = Rounds("watch-games", self.outsiders.look_for_games) if games is not None else None
@@ -482,9 +484,10 @@ class Broker:
         return call
 
     def end_call(self, call: Call) -> None:
-        """The call is over, however it ended. Nothing happens the second time."""
+        """The call is over, however it ended; where its work is followed, it ends with that. Nothing happens the second
+        time."""
         with self.state.lock:
-            if self.state.calls.pop(call.seq, None) is None:
+            if call.seq in self.state.followed or self.state.calls.pop(call.seq, None) is None:
                 return
             self.state.note_used(call.consumer, granted=call.lease_id is None and not call.restoring)
             look = self.state.memory[call.consumer].tail
@@ -766,11 +769,12 @@ class Broker:
         self._servers.nudge()
 
     def _observe_servers(self) -> float:
-        """Ask everyone whose health is old (leased ones sooner, as renew tells it to the holder), and everyone who may
-        be computing without a holder whether that is so."""
+        """Ask everyone whose health is old (leased ones sooner, as renew tells it to the holder), everyone who may be
+        computing without a holder whether that is so, and between any two of them after the work that is followed."""
         at_most = BUSY_SHOWN_SECONDS if self._glance else BUSY_EACH_SECONDS
         self._glance = False
         for name, dialect in self._dialects.items():
+            self.follower.look()
             with self.state.lock:
                 if self.state.stopping:
                     return HEALTH_EACH_SECONDS
@@ -784,7 +788,7 @@ class Broker:
         with self.state.lock:
             working = any(m.reports_busy and (m.tail or m.busy) for m in self.state.memory.values())
             self._looks_at_tails = working
-        return TAIL_EACH_SECONDS / 2 if working else HEALTH_IN_USE_EACH_SECONDS / 2
+        return self.follower.due_in(TAIL_EACH_SECONDS / 2 if working else HEALTH_IN_USE_EACH_SECONDS / 2)
 
     def _look_at_health(self, name: str, dialect: Dialect) -> None:
         error = None

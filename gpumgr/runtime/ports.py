@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from gpumgr.core.card import Reading
+from gpumgr.core.following import Work
 from gpumgr.core.lease import EndReason, Lease, RequestKey
 from gpumgr.core.placement import Report
 
@@ -101,6 +102,16 @@ class Dialect(Protocol):
     def interrupt(self) -> None:
         """End what it computes now and what waits in it at this moment, and nothing that comes later. Does nothing
         where it has no call for that, or the file says to wait. Returning proves nothing."""
+
+    def begins_work(self, method: str, path: str) -> bool:
+        """Whether the answer to this call may name work that goes on after it. ``path`` is without the url's own and
+        without query. Asks nobody; where in doubt true: only the answer tells."""
+
+    def work_begun(self, status: int, body: bytes) -> Work | None:
+        """What the answer to such a call names. Asks nobody."""
+
+    def is_done(self, work: Work) -> bool | None:
+        """Whether it has ended, in whatever way; None: it neither runs nor waits, and nothing is known of its end."""
 
 
 class StoreError(Exception):

@@ -71,6 +71,8 @@ def _facts(state: State, hold: Hold) -> dict[str, Any]:
     call = state.calls.get(hold.seq)
     if call is not None:
         facts["held_seconds"] = round(state.now() - call.began_at, 3)
+        if hold.seq in state.followed:
+            facts["work"] = str(state.followed[hold.seq].work)
     lease = next((lease for lease in state.leases if lease.seq == hold.seq), None)
     if lease is not None:
         facts |= {
@@ -95,7 +97,8 @@ def _words(facts: Mapping[str, Any]) -> str:
     if "held_seconds" not in facts:
         return f"{facts['consumer']} is {facts['phase']}"
     if "lease_id" not in facts:
-        return f"a proxied call has held {facts['consumer']} for {facts['held_seconds']:g} s"
+        work = f", {facts['work']}" if "work" in facts else ""
+        return f"a proxied call has held {facts['consumer']} for {facts['held_seconds']:g} s{work}"
     who = facts["holder"] or "an unnamed holder"
     return (
         f"{who} has held {facts['consumer']} for {facts['held_seconds']:g} s "

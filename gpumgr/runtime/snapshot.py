@@ -122,6 +122,7 @@ def _consumer(broker: Broker, consumer: Consumer, holdings: dict[tuple[str, GpuR
         "checked_at": rfc3339(memory.checked_at) if memory.checked_at else None,
         "resident": _any([h.resident for h in held]),
         "in_use": _in_use(state, consumer.name),
+        "calls": _calls(state, consumer.name),
         "total_requests": memory.total_requests,
         "evictions": memory.evictions,
         "last_used_at": rfc3339(memory.last_used_at) if memory.last_used_at else None,
@@ -143,6 +144,20 @@ def _in_use(state: State, consumer: str) -> str | None:
     if holds:
         return "proxy" if all(_proxied(state, hold) for hold in holds) else "lease"
     return state.computing(consumer)
+
+
+def _calls(state: State, consumer: str) -> list[dict[str, Any]]:
+    """Calls that run in it, and those whose work goes on in it after their answer: ``work`` names that."""
+    calls = [call for call in state.calls.values() if call.consumer == consumer]
+    works = {seq: str(followed.work) for seq, followed in state.followed.items()}
+    return [
+        {
+            "held_seconds": round(state.now() - call.began_at, 3),
+            "lease_id": call.lease_id,
+            "work": works.get(call.seq),
+        }
+        for call in calls
+    ]
 
 
 def _proxied(state: State, hold: Hold) -> bool:

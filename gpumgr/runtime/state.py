@@ -18,6 +18,7 @@ from typing import Any
 from gpumgr.config import LeaseSettings
 from gpumgr.core.card import GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
+from gpumgr.core.following import Followed
 from gpumgr.core.lease import Call, EndReason, Lease, LeaseBook, RequestKey
 from gpumgr.core.outside import Game, Outside, Pause
 from gpumgr.core.placement import (
@@ -140,6 +141,8 @@ class State:
         self._slept = clock.slept()
         self.calls: dict[int, Call] = {}
         """Proxied calls that hold their consumer's GPUs, and those that pass under a lease."""
+        self.followed: dict[int, Followed] = {}
+        """Those of the calls that hold for work which goes on after their answer."""
         self.tickets: dict[int, Ticket] = {}
         self.by_request: dict[RequestKey, Ticket] = {}
         self.begun: deque[Ticket] = deque()

@@ -80,6 +80,7 @@ class Consumer:
     resident: str
     in_use: str
     in_use_means: str
+    work: str
     health: str
     health_error: str
     sick: bool
@@ -348,6 +349,7 @@ class _Showing:
             resident=_truth(consumer.get("resident"), "resident", "not resident", "not known whether resident"),
             in_use="idle" if in_use is None else word,
             in_use_means="nobody holds it" if in_use is None else means,
+            work=_works(consumer),
             health=_truth(healthy, "healthy", "unhealthy", words.NOT_KNOWN),
             health_error=plain(consumer.get("health_error") or ""),
             sick=healthy is False,
@@ -423,6 +425,12 @@ def _held_by(lease: Facts) -> str:
 def _used(consumer: Facts) -> str:
     in_use = plain(consumer.get("in_use"))
     return f"{words.known(consumer.get('name'))}: {words.IN_USE.get(in_use, (in_use, ''))[0]}"
+
+
+def _works(consumer: Facts) -> str:
+    """What it goes on with for calls that were answered."""
+    calls = [call for call in consumer.get("calls") or () if call.get("work")]
+    return "; ".join(f"{plain(call['work'])}, {span(call.get('held_seconds'))}" for call in calls)
 
 
 # -- facts as text ------------------------------------------------------------------------------------------

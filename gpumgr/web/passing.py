@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
 from gpumgr.adapters.upstream import Head, Header, Upstream
+from gpumgr.config.free_paths import is_free
 from gpumgr.errors import InvalidRequest, NotFound
 
 LEASE, WAIT = "X-GPU-Lease", "X-GPU-Wait"
@@ -25,6 +26,8 @@ OURS = frozenset({"host", "content-length", "expect", LEASE.lower(), WAIT.lower(
 GUNICORNS = frozenset({"content-length", "date", "server"})
 """gunicorn 23 writes its own Date and Server, and drops others' (http/wsgi.py and util.py)."""
 
+OVERRIDES = ("HTTP_X_HTTP_METHOD_OVERRIDE", "HTTP_X_HTTP_METHOD", "HTTP_X_METHOD_OVERRIDE")
+"""Some servers take these for the method."""
 SECONDS = re.compile(r"(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 ABSOLUTE = re.compile(r"\A[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 NOT_IN_A_TARGET = re.compile(r"[\x00-\x20\x7f]")
@@ -64,6 +67,18 @@ def target(environ: Environ, kind: str, upstream: Upstream) -> str:
     return f"{upstream.prefix}{upstream.proxy_path}{joint}{query}"
 
 
+def path_of(target: str, upstream: Upstream) -> str:
+    """Of what is sent, without the url's own path and without query."""
+    return target.partition("?")[0].removeprefix(upstream.prefix)
+
+
+def needs_no_turn(environ: Environ, target: str, upstream: Upstream) -> bool:
+    """Whether this call is one that its consumer answers without the GPU."""
+    if any(name in environ for name in OVERRIDES):
+        return False
+    return is_free(upstream.free_paths, environ["REQUEST_METHOD"], path_of(target, upstream))
+
+
 def _leaves(rest: str) -> bool:
     """Whether some server would read it as a path above where it starts: the url's own path says what callers may have
     of a server that serves more."""
@@ -94,8 +109,12 @@ def _behind_kind(path: str, kind: str) -> tuple[str, str, str]:
     return "/v1/" + kind, "/" if len(segments) == 3 else "", "".join(segments[2:])
 
 
-def request_headers(environ: Environ, upstream: Upstream, length: str | None) -> list[Header]:
-    """gunicorn has joined headers of the same name, and forgotten how their names were written.
+def request_headers(
+    environ: Environ, upstream: Upstream, length: str | None, *, plain_answer: bool = False
+) -> list[Header]:
+    """``plain_answer``: one that is read here, and so must not be compressed.
+
+    gunicorn has joined headers of the same name, and forgotten how their names were written.
 
     Those of the configuration replace the caller's: whoever may call need not know the consumer's key. An answer to
     TRACE would tell it (RFC 9110 section 9.3.8).
@@ -104,6 +123,7 @@ def request_headers(environ: Environ, upstream: Upstream, length: str | None) ->
     replaced = {name.lower() for name, _ in own}
     unwanted = HOP_BY_HOP | OURS | upstream.strips | replaced | _listed(environ.get("HTTP_CONNECTION", ""))
     named = ((key[5:].replace("_", "-").title(), value) for key, value in environ.items() if key.startswith("HTTP_"))
+    unwanted |= {"accept-encoding"} if plain_answer else set()
     headers = [(name, value) for name, value in named if name.lower() not in unwanted]
     headers += own
     if environ.get("CONTENT_TYPE") and "content-type" not in replaced:

@@ -39,7 +39,10 @@ ROUTES = (
 )
 
 
-NO_WEBSOCKETS = "WebSockets are not proxied: take a lease and connect to its url"
+NO_WEBSOCKETS = (
+    "WebSockets are not proxied: ask again and again instead (ComfyUI: GET /v1/KIND/history/PROMPT_ID, which waits for "
+    "nobody), or take a lease and connect to its url"
+)
 
 
 def respond(error: GpumgrError) -> Response:

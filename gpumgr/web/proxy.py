@@ -9,6 +9,10 @@ looks like on the wire (adapters/upstream.py), or what is passed on (passing.py)
 The GPU is free before the caller can see the end of the answer, so that whoever has seen it may rely on that. A caller
 that leaves at any moment after its turn is noticed by the thread ``hang-up``, which cuts both connections and frees the
 GPU at once; the handler's own thread then wakes up and puts the rest down.
+
+Two kinds of call are different. One whose answer may name work that goes on after it (a ComfyUI prompt) has its answer
+read before any of it is handed on, so that the GPU is held for that work (runtime/following.py). One of a path that
+needs no GPU has no turn, and nothing to free.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import errno
 import logging
 import socket
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -39,6 +44,9 @@ from gpumgr.web.upload import Upload
 
 log = logging.getLogger(__name__)
 
+_Turn = Callable[[Caller], Call]
+LARGEST_ANSWER_BYTES = 2**20
+"""Of one that may name work: ComfyUI's also lists what it thinks of nodes that it leaves out."""
 RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -88,7 +96,7 @@ class _Proxy:
         consumer = self.broker.state.catalog.resolve(kind=kind, consumer=None)
         exchange = Exchange(self.upstreams[consumer.name], self.broker.settings.proxy)
         target = passing.target(request.environ, kind, exchange.upstream)
-        turn = self._turn(kind)
+        turn = self._turn(kind, free=passing.needs_no_turn(request.environ, target, exchange.upstream))
         passage = _Passage(self, exchange, sock, self.places.take())
         try:
             passage.begin(turn)
@@ -97,13 +105,13 @@ class _Proxy:
             passage.close()
             raise
 
-    def _turn(self, kind: str) -> Callable[[Caller], Call]:
-        """How to get the GPU; a lease needs no wait. Raises: InvalidRequest."""
+    def _turn(self, kind: str, *, free: bool) -> _Turn | None:
+        """How to get the GPU; a lease needs no wait. None: it is not needed. Raises: InvalidRequest."""
         token = request.environ.get("HTTP_X_GPU_LEASE")
         if token is not None:
             return lambda _: self.broker.call_under_lease(token, kind)
         ask = Ask(kind=kind, wait_seconds=passing.wait_seconds(request.environ))
-        return lambda caller: self.broker.call(ask, caller)
+        return None if free else lambda caller: self.broker.call(ask, caller)
 
 
 class _Passage:
@@ -119,14 +127,19 @@ class _Passage:
         self._watch: Watch | None = None
         self._caller_left = False
         self._noted = False
+        self._hears = False
+        """The consumer has the whole request, and its answer will name what it has begun: it is not cut off."""
+        self._ahead: deque[bytes] = deque()
+        """What was read of the answer and is not handed on yet."""
         self._ends_with_connection = False
         self._head_sent = False
         self._closed = False
 
-    def begin(self, turn: Callable[[Caller], Call]) -> None:
+    def begin(self, turn: _Turn | None) -> None:
         """Raises: what the turn raises; RequestEnded where the caller left while it waited."""
-        with self._proxy.hang_up.while_waiting(self._sock, self._proxy.broker) as caller:
-            self._call = turn(caller)
+        if turn is not None:
+            with self._proxy.hang_up.while_waiting(self._sock, self._proxy.broker) as caller:
+                self._call = turn(caller)
         if self._sock is not None:
             stall_seconds = self._proxy.broker.settings.proxy.stall_timeout_seconds
             self._sock.settimeout(stall_seconds)
@@ -135,11 +148,14 @@ class _Passage:
     def _on_gone(self) -> None:
         """On the thread ``hang-up``."""
         self._caller_left = True
-        self._exchange.cut()
+        hears = self._hears
+        if not hears:
+            self._exchange.cut()
         if self._sock is not None:
             with suppress(OSError):
                 shut(self._sock)
-        self._end()
+        if not hears:
+            self._end()
 
     def asked(self, request: Request, target: str, upload: Upload) -> Head:
         """What the consumer's answer begins with. Raises: InvalidRequest, UpstreamUnreachable, UpstreamTimeout."""
@@ -157,13 +173,40 @@ class _Passage:
         return head
 
     def _exchanged(self, request: Request, target: str, upload: Upload) -> Head:
-        upstream = self._exchange.upstream
-        headers = passing.request_headers(request.environ, upstream, upload.length)
-        self._exchange.ask(request.environ["REQUEST_METHOD"], target, headers, chunked=upload.chunked)
+        upstream, method = self._exchange.upstream, request.environ["REQUEST_METHOD"]
+        begins = self._begins_work(method, target)
+        headers = passing.request_headers(request.environ, upstream, upload.length, plain_answer=begins)
+        self._exchange.ask(method, target, headers, chunked=upload.chunked)
         stall_seconds = self._proxy.broker.settings.proxy.stall_timeout_seconds
         with upload.beside(lambda fd: self._exchange.wait_beside(fd, stall_seconds)):
             whole = all(map(self._exchange.send, upload)) and not upload.unwanted
-        return self._exchange.answer(whole=whole)
+        self._hears = begins and whole
+        head = self._exchange.answer(whole=whole)
+        if begins and head.status < 300:
+            self._hear(head)
+        self._hears = False
+        if self._caller_left:
+            self._exchange.cut()  # ``_on_gone`` left it to this thread
+        return head
+
+    def _begins_work(self, method: str, target: str) -> bool:
+        """Whether this call's own hold may have to outlive it."""
+        if self._call is None or self._call.lease_id is not None:
+            return False
+        upstream = self._exchange.upstream
+        return self._proxy.broker.follower.may_begin(upstream.consumer, method, passing.path_of(target, upstream))
+
+    def _hear(self, head: Head) -> None:
+        """The whole of this answer before any of it is handed on: what it names is followed before its caller can know
+        of it, and also where its caller has left."""
+        left = LARGEST_ANSWER_BYTES
+        while left > 0 and not self._exchange.is_over():
+            self._ahead.append(self._exchange.read())
+            left -= len(self._ahead[-1])
+        if self._call is not None and self._exchange.is_over():
+            self._proxy.broker.follower.follow(self._call, head.status, b"".join(self._ahead))
+        elif self._call is not None:
+            log.warning("an answer too large to look for work in consumer=%s", self._call.consumer)
 
     def _failed(self, error: BackendError) -> GpumgrError:
         """The GPU is let go before the caller learns of it."""
@@ -184,6 +227,8 @@ class _Passage:
         if not self._head_sent:
             self._head_sent = True
             return b""  # gunicorn sends the head with the first piece: it must not wait for the first token
+        if self._ahead:
+            return self._ahead.popleft()
         if self._exchange.is_over():
             raise StopIteration
         try:
@@ -221,6 +266,8 @@ class _Passage:
     def _end(self) -> None:
         if self._call is not None:
             self._proxy.broker.end_call(self._call)
+        elif not self._closed:
+            self._proxy.broker.follower.hint(self._exchange.upstream.consumer)
 
     def close(self) -> None:
         """Put everything down, in whatever state it is. The second time does nothing."""

@@ -16,7 +16,7 @@ Facts = Mapping[str, Any]
 
 IN_USE = {
     "lease": ("leased", "a holder has a lease of it, or one is being prepared"),
-    "proxy": ("proxied call", "a call through gpumgr runs in it"),
+    "proxy": ("proxied call", "a call through gpumgr runs in it, or the work that one has begun"),
     "tail": ("tail", "work of a holder goes on in it after its lease or call has ended"),
     "direct": ("direct use", "somebody uses it without gpumgr"),
     "evicting": ("evicting", "it is being unloaded; requests for it wait"),
@@ -214,6 +214,15 @@ def _would_evict(facts: _Left) -> str:
     return f"{plain(facts.pop('victims', None) or 'somebody')} would have been unloaded for {_who(facts)}"
 
 
+def _work(facts: _Left) -> str:
+    return f"{known(facts.pop('work', None))} of a proxied call"
+
+
+def _work_lost(facts: _Left) -> str:
+    after = _after(facts, "held_seconds")
+    return f"{_work(facts)} holds no longer{after} and was not seen to end{_with(': ', facts, 'reason')}"
+
+
 def _refused(would: str, facts: _Left) -> str:
     after = _after(facts, "waited_seconds")
     return f"{_who(facts)} {would} refused{after}{_with(': ', facts, 'code')}{_with('; ', facts, 'reason')}"
@@ -243,6 +252,8 @@ EVENTS: dict[str, Callable[[_Left], str]] = {
     "game": lambda facts: f"a game began{_with(': ', facts, 'name')}",
     "game_over": lambda facts: f"the last game ended{_with(': ', facts, 'name')}",
     "restore": lambda facts: "loaded, as wanted from the start" if facts.pop("preload", None) else "brought back",
+    "work_long": lambda facts: f"{_work(facts)} still runs{_after(facts, 'held_seconds')}; it is waited for",
+    "work_lost": _work_lost,
     "would_wait": _would_wait,
     "would_evict": _would_evict,
     "would_refuse": lambda facts: _refused("would have been", facts),

@@ -24,6 +24,7 @@ from gpumgr.adapters.dialects import dialect_of
 from gpumgr.adapters.dialects.http import Http
 from gpumgr.adapters.dialects.ollama import FLICKERS
 from gpumgr.config import Call, ConsumerSettings, Report
+from gpumgr.core.following import Work
 from gpumgr.core.placement import Report as LoadedReport
 from gpumgr.runtime.ports import BackendError
 from gpumgr.sim.card import SimulatedCard
@@ -259,6 +260,75 @@ def test_comfyui_is_busy_with_what_runs_and_what_waits(queue: dict[str, Any], bu
 def test_comfyui_whose_queue_says_nothing_is_a_failure_not_idle(queue: object) -> None:
     with Wire([says(queue) if queue is not None else raw(OK_HEAD + b"Content-Length: 4\r\n\r\nnull")]) as wire:
         assert refusal(speak("comfyui", wire.url).busy).reason == "failed"
+
+
+PROMPT = Work("prompt", "6b1f")
+QUEUED = {"queue_running": [], "queue_pending": [[0, "6b1f", {}, {}, []]]}
+RUNNING = {"queue_running": [[0, "6b1f", {}, {}, []]], "queue_pending": [[1, "other", {}, {}, []]]}
+OTHERS = {"queue_running": [[0, "other", {}, {}, []]], "queue_pending": []}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "begins"),
+    [
+        *((("POST"), path, True) for path in ("/prompt", "/api/prompt", "//prompt", "/%70rompt", "/x/../api/./prompt")),
+        *(("POST", path, True) for path in ("/api//prompt", "/prompt/", "/x%2f..%2fprompt", "/x\\..\\prompt")),
+        *((method, "/prompt", False) for method in ("GET", "PUT", "post")),
+        *(("POST", path, False) for path in ("/", "/promptx", "/api", "/x/prompt", "/queue", "/Prompt")),
+    ],
+)
+def test_which_calls_may_begin_a_prompt(method: str, path: str, begins: bool) -> None:
+    assert speak("comfyui", "http://x").begins_work(method, path) is begins
+    assert not speak("ollama", "http://x").begins_work(method, path)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "work"),
+    [
+        (200, b'{"prompt_id": "6b1f", "number": 3, "node_errors": {}}', PROMPT),
+        (400, b'{"prompt_id": "6b1f"}', None),
+        (400, b'{"error": {"type": "no_prompt"}, "node_errors": {}}', None),
+        (200, b'{"prompt_id": 7}', None),
+        (200, b'{"prompt_id": ""}', None),
+        (200, b'{"prompt_id": "a\\nb"}', None),
+        (200, b'{"prompt_id": "' + b"x" * 129 + b'"}', None),
+        *((200, body, None) for body in (b"", b"null", b"[]", b'"prompt_id"', b"{", b"\xff", b"[" * 100_000)),
+    ],
+)
+def test_what_an_answer_names(status: int, body: bytes, work: Work | None) -> None:
+    assert speak("comfyui", "http://x").work_begun(status, body) == work
+
+
+@pytest.mark.parametrize(
+    ("queue", "history", "done"),
+    [
+        (QUEUED, None, False),
+        (RUNNING, None, False),  # an id that was used before is in the history as well: nobody looks
+        (OTHERS, says({"6b1f": {"status": {"status_str": "error"}}}), True),
+        (OTHERS, says({}), None),
+        (OTHERS, says([]), None),
+        (OTHERS, says(status=404), None),
+        (OTHERS, raw(OK_HEAD + b"Content-Length: 5000000\r\n\r\n" + b" " * 5_000_000), None),
+    ],
+)
+def test_a_prompt_is_done_when_the_history_has_it(queue: dict[str, Any], history: Script | None, done: object) -> None:
+    with Wire([says(queue), *([] if history is None else [history])]) as wire:
+        assert speak("comfyui", wire.url).is_done(PROMPT) is done
+    assert [path for _, path, _ in wire.calls] == ["/queue", *([] if history is None else ["/history/6b1f"])]
+
+
+def test_a_prompt_is_asked_for_by_its_escaped_name() -> None:
+    with Wire([says(OTHERS), says({"a/../b?": {}})]) as wire:
+        assert speak("comfyui", wire.url).is_done(Work("prompt", "a/../b?")) is True
+    assert wire.calls[1][1] == "/history/a%2F..%2Fb%3F"
+
+
+def test_a_history_that_hangs_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpumgr.adapters.dialects.comfyui.REPORT_SECONDS", LIMIT_SECONDS)
+    with Wire([says(OTHERS), stalls()]) as wire:
+        require(timed(lambda: speak("comfyui", wire.url).is_done(PROMPT)), "hung")
+    with Wire([says([])]) as wire:
+        assert refusal(lambda: speak("comfyui", wire.url).is_done(PROMPT)).reason == "failed"
 
 
 @pytest.mark.parametrize(
@@ -535,6 +605,19 @@ def test_comfyui_from_work_to_unload(comfyui: ComfyUI) -> None:
     until(lambda: comfyui.used_mib == comfyui.context_mib)
     until(lambda: it.loaded() == LoadedReport(loaded=False, used_mib=0))
     assert (comfyui.unload_calls, comfyui.unloads_while_busy) == (1, 0)
+
+
+def test_comfyui_tells_what_became_of_a_prompt(comfyui: ComfyUI) -> None:
+    dialect = speak("comfyui", comfyui.url)
+    answer = requests.post(f"{comfyui.url}/prompt", json={"prompt": {}}, timeout=5)
+    work = dialect.work_begun(answer.status_code, answer.content)
+    assert work is not None
+    assert dialect.is_done(work) is False
+    until(lambda: dialect.is_done(work))
+    comfyui.stop()
+    assert refusal(lambda: dialect.is_done(work)).refused
+    comfyui.start()
+    assert dialect.is_done(work) is None  # another process knows nothing of it
 
 
 def test_comfyui_that_is_unhealthy_says_so_and_can_still_be_unloaded(comfyui: ComfyUI) -> None:

@@ -25,7 +25,7 @@ import pytest
 from gpumgr.sim.stage import MODEL
 from tests.brokers import RunningBroker
 from tests.callers import Answer, Caller
-from tests.upstreams import OK, Upstream, Visit, answers, whole
+from tests.upstreams import OK, REPORTS, Upstream, Visit, answers, whole
 from tests.waiting import until
 
 NAMES = ("raw", "bare", "comfy", "llama")
@@ -187,7 +187,8 @@ def test_a_kind_without_a_path_of_its_own_says_what_to_call(world: World) -> Non
 def test_websockets_are_refused_in_words(world: World, headers: tuple[str, ...]) -> None:
     answer = world.call("GET", "/v1/comfy/ws?clientId=1", *headers)
     assert (answer.status, answer.error["code"]) == (400, "invalid_request")
-    assert answer.error["message"] == "WebSockets are not proxied: take a lease and connect to its url"
+    assert "/history/PROMPT_ID" in answer.error["message"]
+    assert "take a lease and connect to its url" in answer.error["message"]
 
 
 # -- what is passed on --------------------------------------------------------------------------------------
@@ -728,6 +729,111 @@ def test_a_caller_that_left_while_it_waited_holds_nothing(world: World) -> None:
         until(lambda: world.broker.status()["queue"])
     world.broker.release(lease["token"])
     until(lambda: not world.broker.status()["queue"] and world.in_use("llama") is None)
+
+
+# -- work that goes on after its answer ---------------------------------------------------------------------
+
+NAMED = json.dumps({"prompt_id": "6b1f", "number": 1, "node_errors": {}}).encode()
+
+
+class Prompts:
+    """ComfyUI's part: one prompt, whose answer is what a test says, and which runs until it is ``done``."""
+
+    def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch, *said: bytes) -> None:
+        self.said = said
+        self.taken, self.answers, self.done = threading.Event(), threading.Event(), threading.Event()
+        self.answers.set()
+        self.world = world
+        self.world.upstreams["comfy"].script = self.script
+        monkeypatch.setitem(REPORTS, "/queue", b'{"queue_running": [[1, "6b1f"]], "queue_pending": []}')
+
+    def script(self, visit: Visit) -> None:
+        visit.body()
+        self.taken.set()
+        self.answers.wait(LONG_WAIT_SECONDS)
+        visit.say(*self.said)
+
+    def works(self) -> list[str]:
+        comfy = next(c for c in self.world.broker.status()["consumers"] if c["name"] == "comfy")
+        return [call["work"] for call in comfy["calls"]]
+
+    def end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(REPORTS, "/queue", b'{"queue_running": [], "queue_pending": []}')
+        monkeypatch.setitem(REPORTS, "/history/6b1f", b'{"6b1f": {}}')
+        until(lambda: self.world.in_use("comfy") is None)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_an_answer_that_names_work_is_passed_on_and_followed(
+    world: World, caller: Caller, monkeypatch: pytest.MonkeyPatch, compressed: bool
+) -> None:
+    head, chunks = OK + b"Transfer-Encoding: chunked\r\n\r\n", (b"8\r\n%b\r\n" % NAMED[:8], NAMED[8:])
+    prompts = Prompts(world, monkeypatch, head, chunks[0], b"%x\r\n%b\r\n0\r\n\r\n" % (len(chunks[1]), chunks[1]))
+    accepts = ("Accept-Encoding: gzip",) if compressed else ()
+    assert caller.ask("POST", "/v1/comfy", *accepts, body=b"{}").answer().body == NAMED
+    assert prompts.works() == ["prompt 6b1f"]
+    assert world.upstreams["comfy"].visit.header("accept-encoding") is None  # it is read here
+    prompts.end(monkeypatch)
+
+
+def test_what_names_no_work_keeps_its_compression(world: World) -> None:
+    world.call("PUT", "/v1/comfy/prompt", "Accept-Encoding: gzip")
+    assert world.upstreams["comfy"].visit.header("accept-encoding") == "gzip"
+
+
+def test_a_caller_that_leaves_before_the_answer_leaves_its_work_behind(
+    world: World, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = Prompts(world, monkeypatch, whole(NAMED))
+    prompts.answers.clear()
+    caller.ask("POST", "/v1/comfy/prompt", body=b"{}")
+    assert prompts.taken.wait(LONG_WAIT_SECONDS)
+    caller.leave()
+    world.raw.script = silent
+    with Caller(world.port) as later:
+        later.ask("GET", "/v1/raw/x")
+        until(lambda: world.in_use() == "proxy")
+    until(lambda: world.in_use() is None)  # whoever sees callers leave has seen the first one leave, too
+    assert world.in_use("comfy") == "proxy"
+    prompts.answers.set()
+    until(lambda: prompts.works() == ["prompt 6b1f"])
+    prompts.end(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "body", [NAMED[:-1] + b" " * 2_000_000 + b"}", b"no JSON", b"{}"], ids=["too large", "no JSON", "no id"]
+)
+def test_an_answer_that_cannot_be_followed_is_passed_on_all_the_same(
+    world: World, caller: Caller, monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    prompts = Prompts(world, monkeypatch, whole(body))
+    assert caller.ask("POST", "/v1/comfy", body=b"{}").answer().body == body
+    assert prompts.works() == []
+    monkeypatch.undo()  # its tail is over
+
+
+def test_half_an_answer_that_might_name_work_is_none(
+    world: World, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Prompts(world, monkeypatch, whole(NAMED)[:-3])
+    answer = caller.ask("POST", "/v1/comfy", body=b"{}").answer()
+    assert (answer.status, answer.error["code"]) == (502, "upstream_unreachable")
+    monkeypatch.undo()
+
+
+def test_a_free_path_needs_no_turn_and_fails_like_any_call(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = Prompts(world, monkeypatch, whole(b"{}"))
+    lease = world.broker.acquire(kind="comfy").json()
+    assert world.call("GET", "/v1/comfy/history/x", "X-GPU-Wait: 0").body == b"{}"
+    wrong = world.call("GET", "/v1/comfy/history/x", "X-GPU-Wait: soon")
+    assert (wrong.status, wrong.error["code"]) == (400, "invalid_request")
+    unknown = world.call("GET", "/v1/comfy/history/x", "X-GPU-Lease: nobody")
+    assert (unknown.status, unknown.error["code"]) == (404, "lease_unknown")
+    prompts.said = (b"nonsense\r\n\r\n",)
+    failed = world.call("GET", "/v1/comfy/history/x")
+    assert (failed.status, failed.error["code"]) == (502, "upstream_unreachable")
+    world.broker.release(lease["token"])
+    monkeypatch.undo()
 
 
 # -- time limits --------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from gpumgr.adapters.simulated import SimulatedProbe
 from gpumgr.config import Call, ConsumerSettings, Report
 from gpumgr.core.card import Reading
 from gpumgr.core.catalog import Consumer, GpuRef
+from gpumgr.core.following import Work
 from gpumgr.core.placement import Holding, Victim
 from gpumgr.core.placement import Report as LoadedReport
 from gpumgr.runtime.evictor import Evictor
@@ -307,6 +308,15 @@ class Backend:
 
     def interrupt(self) -> None:
         pass
+
+    def begins_work(self, method: str, path: str) -> bool:  # noqa: ARG002
+        return False
+
+    def work_begun(self, status: int, body: bytes) -> Work | None:  # noqa: ARG002
+        return None
+
+    def is_done(self, work: Work) -> bool | None:  # noqa: ARG002
+        return None
 
     def health(self) -> None:
         return

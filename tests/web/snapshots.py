@@ -106,6 +106,8 @@ _EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("game", {"consumer": None, "pid": 4, "name": "bg3.exe"}),
     ("game_over", {"consumer": None, "pid": 4, "name": "bg3.exe"}),
     ("restore", {"preload": False}),
+    ("work_long", {"work": "prompt 6b1f", "held_seconds": 600.2}),
+    ("work_lost", {"work": "prompt 6b1f", "held_seconds": 75.0, "how": "died", "reason": "nobody listens"}),
     ("would_wait", {"holder": "chat", "waiting_for": "holder", "behind": ["paint"]}),
     ("would_evict", {"holder": "imagen", "victims": ["chat"]}),
     ("would_refuse", {"holder": "imagen", "code": "insufficient_vram", "reason": "it needs 14000 MiB"}),

@@ -237,6 +237,12 @@ def test_every_use_is_told(shown: Callable[[Facts], Walk], use: str) -> None:
     assert walk.state == f"paint: {word}"
 
 
+def test_work_that_a_call_has_begun_is_told_with_its_name(shown: Callable[[Facts], Walk]) -> None:
+    calls = [{"held_seconds": 12.4, "lease_id": None, "work": "prompt 6b1f"}, {"held_seconds": 1, "work": None}]
+    paint = snapshots.consumer("paint", 14000, 0, "proxy") | {"calls": calls}
+    assert "prompt 6b1f, 12 s" in shown(everything() | {"consumers": [paint]}).text
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
@@ -258,6 +264,8 @@ def test_every_use_is_told(shown: Callable[[Facts], Walk], use: str) -> None:
         ("game", "a game began: bg3.exe pid=4"),
         ("game_over", "the last game ended: bg3.exe pid=4"),
         ("restore", "brought back"),
+        ("work_long", "prompt 6b1f of a proxied call still runs after 10 min; it is waited for"),
+        ("work_lost", "prompt 6b1f of a proxied call holds no longer after 1 min 15 s and was not seen to end: nobody"),
         ("would_wait", "chat would have waited for: holder; behind paint"),
         ("would_evict", "chat would have been unloaded for imagen"),
         ("would_refuse", "imagen would have been refused: insufficient_vram; it needs 14000 MiB"),

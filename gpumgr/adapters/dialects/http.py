@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from gpumgr.adapters.dialects.wire import Answer, send
 from gpumgr.config import Call, ConsumerSettings, Report
+from gpumgr.core.following import Work
 from gpumgr.core.placement import Report as LoadedReport
 from gpumgr.runtime.ports import BackendError
 
@@ -21,6 +22,8 @@ class Http:
     ask_again_seconds: float | None = 2.0
     health_default: ClassVar[str | None] = None
     proxy_path_default: ClassVar[str | None] = None
+    free_paths_default: ClassVar[tuple[str, ...]] = ()
+    """What callers may have without the GPU (config/free_paths.py): it never loads anything onto the card."""
     usual_processes: ClassVar[tuple[str, ...]] = ()
     """Patterns of its processes, for a file that says nothing of them (ownership.py)."""
     strips_headers: ClassVar[frozenset[str]] = frozenset()
@@ -67,6 +70,15 @@ class Http:
 
     def interrupt(self) -> None:
         """There is no such call that all servers know."""
+
+    def begins_work(self, method: str, path: str) -> bool:  # noqa: ARG002
+        return False
+
+    def work_begun(self, status: int, body: bytes) -> Work | None:  # noqa: ARG002
+        return None
+
+    def is_done(self, work: Work) -> bool | None:  # noqa: ARG002
+        return None
 
     # -- calls ----------------------------------------------------------------------------------------------
 

@@ -31,6 +31,10 @@ class Ollama(Http):
     ask_again_seconds: float | None = 1.0
     health_default: ClassVar[str | None] = "/api/version"
     proxy_path_default: ClassVar[str | None] = "/api/chat"
+    free_paths_default: ClassVar[tuple[str, ...]] = (
+        *("GET /api/tags", "GET /api/ps", "GET /api/version", "POST /api/show"),
+        *("GET /v1/models", "GET /v1/models/*"),
+    )
     usual_processes: ClassVar[tuple[str, ...]] = ("*/ollama", "*/ollama_llama_server")
     """A runner is started by its whole path: its own, or until 0.5 that of a server beside it."""
 
