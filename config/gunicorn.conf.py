@@ -68,6 +68,7 @@ def post_fork(_arbiter, _worker):  # type: ignore[no-untyped-def]
 def post_worker_init(worker):  # type: ignore[no-untyped-def]
     """In the worker, after the fork and before the first connection: where threads may start."""
     broker = worker.wsgi.extensions["gpumgr"]
+    server.spare_collector()
     server.start_worker(broker, wait_seconds=graceful_timeout + 5)
     systemd.start(broker, worker.sockets[0].getsockname())
 

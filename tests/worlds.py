@@ -311,9 +311,18 @@ class _Waits(Exception):
 
 class UnthreadedBroker(Broker):
     """The real broker, but where a caller's thread would wait, it says so and returns to the test; a quarantine is
-    looked at when the test says so."""
+    looked at when the test says so. ``at_once``: the thread that asks may prepare by itself; else each step is the
+    test's."""
 
     looks: dict[int, Callable[[], bool]]
+    at_once = False
+
+    def _prepare(self, ticket: Ticket) -> None:
+        if self.at_once:
+            super()._prepare(ticket)
+            return
+        with self.state.lock:
+            self.state.hand_over(ticket)
 
     def _await(self, waited: Ticket, deadline: float, line: Line) -> Lease | Call:
         raise _Waits(waited, deadline, line)

@@ -13,12 +13,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from gpumgr.core.card import Reading
-from gpumgr.runtime.ports import Probe
 
 READ_SECONDS = 5.0
 """Opening a session of NVML wakes a card that nobody uses, which may take a second or two without persistence mode."""
+
+
+class Driver(Protocol):
+    """A probe that may hang."""
+
+    def read(self) -> Reading: ...
+
+    def close(self) -> None: ...
 
 
 class PatientProbe:
@@ -28,7 +36,7 @@ class PatientProbe:
     """
 
     def __init__(
-        self, probe: Probe, limit_seconds: float = READ_SECONDS, clock: Callable[[], float] = time.monotonic
+        self, probe: Driver, limit_seconds: float = READ_SECONDS, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._probe = probe
         self._limit_seconds = limit_seconds
@@ -43,9 +51,11 @@ class PatientProbe:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def read(self) -> Reading:
-        """Never raises. Waits for at most ``limit_seconds``, counted from the beginning of the call that hangs."""
+    def read(self, at_most_seconds: float | None = None) -> Reading:
+        """Never raises. Waits for at most ``limit_seconds``, or less where that is asked for, counted from the
+        beginning of the call that hangs."""
         asked_at = self._clock()
+        limit_seconds = self._limit_seconds if at_most_seconds is None else min(self._limit_seconds, at_most_seconds)
         with self._lock:
             self._start()
             self._asked += 1
@@ -53,7 +63,7 @@ class PatientProbe:
             self._wanted.notify()
             while self._answered < ticket:
                 since = asked_at if self._began_at is None else min(asked_at, self._began_at)
-                left = since + self._limit_seconds - self._clock()
+                left = since + limit_seconds - self._clock()
                 if left <= 0:
                     hung = self._clock() - since
                     return Reading(

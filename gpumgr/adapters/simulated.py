@@ -28,7 +28,8 @@ def read_card_file(
 
     def read() -> Mapping[str, object]:
         try:
-            text = path.read_text(encoding="utf-8")
+            with open(path, "rb", buffering=0) as file:  # half the time of read_text
+                text = file.read()
         except FileNotFoundError:
             return empty
         return _mapping(json.loads(text), "the card")
@@ -49,7 +50,7 @@ class SimulatedProbe:
         self._owner_of_port = owner_of_port
         self._clock = clock
 
-    def read(self) -> Reading:
+    def read(self, at_most_seconds: float | None = None) -> Reading:  # noqa: ARG002 - a file does not keep anybody waiting
         """Never raises."""
         # Before the look, as a reading may only be older than it says, never newer: whoever waits for memory
         # to fall would else take what was seen before the unload for what came after it.

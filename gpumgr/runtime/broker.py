@@ -291,7 +291,7 @@ class Broker:
 
     def _granted(self, ask: Ask, caller: Caller, *, proxied: bool) -> Lease | Call:
         self.tick()
-        here = caller.here()
+        here = ask.request is None or caller.here()
         with self.state.lock:
             now = self.clock.monotonic()
             consumer = self.state.catalog.resolve(kind=ask.kind, consumer=ask.consumer)
@@ -305,6 +305,7 @@ class Broker:
                     return live
             deadline = now + self._wait_seconds(ask)
             ticket = self._ticket(ask, consumer, now, deadline, proxied=proxied)
+            begins = not ticket.callers and ticket.preparing
             ticket.callers.append(caller)  # in the same breath: whoever joins must not be its only one
             caller.ticket = ticket
             passes = self._lets_pass and self.state.queue.is_waiting(ticket.entry)
@@ -312,9 +313,19 @@ class Broker:
                 self.state.let_pass(ticket)
         if passes:
             Preparation(self.state, self._world, ticket).grant()
+        elif begins:
+            self._prepare(ticket)
+        if ticket.outcome is None:
+            caller.begin_wait()
         with self.state.lock:
             granted = self._await(ticket, deadline, caller)
         return self._taken(ticket, granted, caller)
+
+    def _prepare(self, ticket: Ticket) -> None:
+        """By the thread that asks, where nothing has to be waited for: two hand-overs between threads less."""
+        if not Preparation(self.state, self._world, ticket).at_once():
+            with self.state.lock:
+                self.state.hand_over(ticket)
 
     def _require_restored(self) -> None:
         """Whatever is unknown now may be in the store that cannot be read. Raises: StoreUnavailable."""
@@ -345,8 +356,9 @@ class Broker:
             if self.state.leases.is_told(lease.token):
                 return
             if lease.request is not None and seconds:
-                self.state.leases.doubt(lease.token, self.clock.monotonic() + seconds)
-                self.state.expiry.notify()
+                until = self.clock.monotonic() + seconds
+                self.state.leases.doubt(lease.token, until)
+                self.state.expect_end(until)
                 return
             self._begin_end(lease)
         self._finish_end(lease, EndReason.RELEASED, reason="unclaimed")
@@ -407,7 +419,7 @@ class Broker:
             self.state.make_way(consumer)
         ticket = self.state.enter(ask, consumer, now, deadline, proxied=proxied)
         if not self._lets_pass:
-            self.state.advance(now)
+            self.state.advance(now, own=ticket)
         return ticket
 
     def _refusal_at_once(self, consumer: Consumer) -> Refused | None:
@@ -569,8 +581,7 @@ class Broker:
         with self._told_once(token), self.state.lock:
             self._live(token)
             lease = self.state.leases.renew(token, self.clock.monotonic(), ttl)
-            if ttl is not None:
-                self.state.expiry.notify()  # it may end sooner than the watchdog sleeps
+            self.state.expect_end(lease.expires_at)
             found = Renewed(
                 lease,
                 self.state.held_up_by(lease),
@@ -725,7 +736,9 @@ class Broker:
                     return
                 soonest = self.state.leases.next_expiry()
                 left = LONGEST_SLEEP_SECONDS if soonest is None else soonest - self.clock.monotonic()
-                self.state.expiry.wait(min(max(left, 0.0), LONGEST_SLEEP_SECONDS))
+                sleep = min(max(left, 0.0), LONGEST_SLEEP_SECONDS)
+                self.state.watchdog_looks_at = self.clock.monotonic() + sleep
+                self.state.expiry.wait(sleep)
 
     def _prepare_for_ever(self) -> None:
         while True:

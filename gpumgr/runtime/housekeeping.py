@@ -87,7 +87,7 @@ class Housekeeping:
     def _choose(self) -> dict[str, Why]:
         """1 and 3, with the lock held."""
         state = self._state
-        if not state.unloads or state.stopping:
+        if not state.may_unload or state.stopping:
             return {}
         in_use = state.in_use()
         standings = [self._standing(c, in_use) for c in state.catalog.consumers.values() if not c.retired]

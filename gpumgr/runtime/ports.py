@@ -30,9 +30,10 @@ class Clock(Protocol):
 
 
 class Probe(Protocol):
-    """The driver. ``read`` never raises: what cannot be read is told in the reading."""
+    """The driver. ``read`` never raises: what cannot be read is told in the reading, as is a driver that does not
+    answer within ``at_most_seconds`` (None: as long as the probe itself allows)."""
 
-    def read(self) -> Reading: ...
+    def read(self, at_most_seconds: float | None = None) -> Reading: ...
 
     def close(self) -> None: ...
 

@@ -1,4 +1,5 @@
-"""One ticket's way from its turn to its grant. Runs on a preparation thread; the caller's thread only waits.
+"""One ticket's way from its turn to its grant. Runs on a preparation thread; the caller's thread only waits, or goes
+through steps 2, 3 and 5 itself where nothing else is needed (``at_once``).
 
 Owns: the order of the steps and putting the lock down for each. Must not: choose (core/placement.py does).
 
@@ -55,6 +56,8 @@ from gpumgr.runtime.ticket import Ticket
 log = logging.getLogger(__name__)
 
 HEALTH_COUNTS_SECONDS = 5.0
+AT_ONCE_SECONDS = 0.2
+"""How long a caller's own thread waits for the card: it does not see meanwhile that its caller hangs up."""
 WRITING = "writing the grant down"
 LOOK_AGAIN_SECONDS = 0.5
 """How often a card is read for a ticket that waits for memory nobody announces, and busy consumers are asked."""
@@ -99,9 +102,12 @@ class Preparation:
         """Victims that must say whether they are busy, each time until this preparation unloads somebody."""
         self._said: dict[str, bool] = {}
         self._told_would = False
+        self._wakes = False
+        """On a thread of its own, so that somebody else is woken by the grant."""
 
     def run(self) -> None:
         """To the grant, to a refusal, or to nothing where nobody waits any more. Never raises."""
+        self._wakes = True
         while (outcome := self.step()) is not Step.DONE:
             if outcome is Step.WAIT:
                 with self._state.lock:
@@ -123,6 +129,59 @@ class Preparation:
         if outcome is Step.DONE:
             self._end(error)
         return outcome
+
+    def at_once(self) -> bool:
+        """On the thread that asks: the grant, where one look at the card is enough for it. False: nothing was done yet,
+        and a preparation thread has to do it, as something must be asked, unloaded, loaded, waited for or refused.
+        Never raises."""
+        error: GpumgrError | None = None
+        try:
+            if not self._may_grant():
+                return False
+            self._grant()
+        except _Gone:
+            pass
+        except GpumgrError as refusal:
+            error = refusal
+        except Exception:
+            log.exception("grant failed consumer=%s", self._target.name)
+            error = InternalError("gpumgr failed while granting; its log has the traceback")
+        self._end(error)
+        return True
+
+    def _may_grant(self) -> bool:
+        """Whether it is granted by what the card shows now; then it is decided."""
+        state = self._state
+        with state.lock:
+            if not self._is_known():
+                return False
+            ends = state.ends
+            self._ticket.step = "reading the card"
+        reading = self._world.probe.read(AT_ONCE_SECONDS)
+        self._require_caller()
+        with state.lock:
+            self._require_wanted()
+            if ends != state.ends or reading.problems(self._target.gpus) or state.untold(self._target, reading):
+                return False
+            state.note_reading(reading)
+            view = state.view(self._ticket, reading, {})
+            decision = (decide_call if self._ticket.proxied else decide)(self._target, view)
+            if not isinstance(decision, Grant):
+                return False
+            self._begin(decision, view, reading)
+            return self._ticket.granting
+
+    def _is_known(self) -> bool:
+        """With the lock held: whether nobody has to be asked, and nothing else is told than a grant."""
+        state = self._state
+        return (
+            state.store_error is None
+            and state.restored
+            and state.may_unload
+            and self._is_healthy()
+            and not state.reading.problems(self._target.gpus)
+            and not state.suspects(self._target)
+        )
 
     def _end(self, error: GpumgrError | None) -> None:
         """Granted, or refused, or nobody waits any more. What is not granted frees its turn: in the same breath as the
@@ -290,9 +349,7 @@ class Preparation:
         name = self._target.name
         with self._state.lock:
             self._require_wanted()
-            known = self._state.memory[name]
-            age = self._world.clock.monotonic() - (known.checked if known.checked is not None else float("-inf"))
-            if known.healthy and age <= HEALTH_COUNTS_SECONDS:
+            if self._is_healthy():
                 return
             self._ticket.step = f"asking {name} for its health"
         error = self._ask_health()
@@ -302,6 +359,12 @@ class Preparation:
                 consumer=name,
                 cause=error,
             )
+
+    def _is_healthy(self) -> bool:
+        """With the lock held: whether it has said so just now."""
+        known = self._state.memory[self._target.name]
+        age = self._world.clock.monotonic() - (known.checked if known.checked is not None else float("-inf"))
+        return bool(known.healthy) and age <= HEALTH_COUNTS_SECONDS
 
     def _ask_health(self) -> str | None:
         error = None
@@ -496,9 +559,10 @@ class Preparation:
             live = state.publish(lease)
             state.queue.holds[ticket.seq].phase = Phase.LIVE
             state.settle(ticket, live)
-            state.expiry.notify()
+            state.expect_end(live.expires_at)
             state.advance()
-        time.sleep(0)  # whoever was woken goes first: the interpreter changes threads by itself each 5 ms only
+        if self._wakes:
+            time.sleep(0)  # whoever was woken goes first: the interpreter changes threads by itself each 5 ms only
         log.info(
             "grant consumer=%s %s", lease.consumer, " ".join(f"{k}={v}" for k, v in self._grant_facts(lease).items())
         )

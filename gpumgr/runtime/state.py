@@ -120,6 +120,8 @@ class State:
         """Preparation threads wait here for ``begun``."""
         self.expiry = threading.Condition(self.lock)
         """The watchdog waits here for a sooner expiry."""
+        self.watchdog_looks_at = float("-inf")
+        """Until then the watchdog waits."""
         self.ended = threading.Condition(self.lock)
         """Whoever was told nothing yet waits here for an end to be written down."""
         self.ending: set[str] = set()
@@ -161,13 +163,8 @@ class State:
         self.stopping = False
         self._lease = lease
         self._headroom_mib = headroom_mib
-        self._may_unload = may_unload
+        self.may_unload = may_unload
         self._clock = clock
-
-    @property
-    def unloads(self) -> bool:
-        """Whether anybody is ever unloaded."""
-        return self._may_unload
 
     @property
     def catalog(self) -> Catalog:
@@ -262,6 +259,12 @@ class State:
         """It is written down: live from now on."""
         return self.leases.publish(lease, self._clock.monotonic(), self._lease.max_hold_seconds)
 
+    def expect_end(self, at: float) -> None:
+        """The watchdog must look by then. It is not woken where it does so anyway: it would be in the way of the answer
+        to a grant."""
+        if at < self.watchdog_looks_at:
+            self.expiry.notify()
+
     def count_request(self, consumer: str, more: int = 1) -> None:
         self.memory[consumer].total_requests += more
         self.dirty.add(consumer)
@@ -347,15 +350,20 @@ class State:
         if ticket.request is not None and self.by_request.get(ticket.request) is ticket:
             del self.by_request[ticket.request]
 
-    def advance(self, now: float | None = None) -> None:
-        """Somebody came or went: whoever has the turn now begins its preparation.
+    def advance(self, now: float | None = None, own: Ticket | None = None) -> None:
+        """Somebody came or went: whoever has the turn now begins its preparation, on a thread for that, unless it is
+        ``own``: then the caller looks after it.
 
         A turn that comes after the deadline is nobody's, also where the caller's thread did not get to say so yet.
         ``now`` is the caller's where it matters that no time has passed: with ``wait_seconds: 0``.
         """
         now = self._clock.monotonic() if now is None else now
         while begun := self.queue.begin():
-            late = [ticket for hold in begun if not self._begin(ticket := self.tickets[hold.seq], now)]
+            tickets = [self.tickets[hold.seq] for hold in begun]
+            late = [ticket for ticket in tickets if not self._begin(ticket, now)]
+            for ticket in tickets:
+                if ticket.preparing and ticket is not own:
+                    self.hand_over(ticket)
             for ticket in late:
                 self.queue.leave(ticket.seq)
                 self.refuse(ticket, scheduler_timeout(self, ticket))
@@ -372,9 +380,12 @@ class State:
         self.memory[ticket.consumer.name].uses += 1
         ticket.prepare_limit = now + self._lease.max_prepare_seconds
         ticket.step = "waiting for a preparation thread"
+        return True
+
+    def hand_over(self, ticket: Ticket) -> None:
+        """To the preparation threads."""
         self.begun.append(ticket)
         self.work.notify()
-        return True
 
     def let_pass(self, ticket: Ticket) -> None:
         """A holder at once, come what may; what would have happened to it is noted."""
@@ -445,7 +456,7 @@ class State:
             leaving=frozenset(name for name in self.catalog.consumers if self.queue.is_unloading(name)),
             target_in_use=bool(beside),
             leased=self._leased(ticket.consumer),
-            may_unload=self._may_unload,
+            may_unload=self.may_unload,
             tried=tuple(ticket.tried),
             last_used={name: m.last_used for name, m in self.memory.items() if m.last_used is not None},
             outside=self.outside,
@@ -534,7 +545,7 @@ class State:
         """Whether its target may be unloaded because this ticket did not get it: nobody else uses it."""
         name = ticket.consumer.name
         others = [hold for hold in self.queue.holds_of(name) if hold.seq != ticket.seq]
-        return self._may_unload and not others and all(call.consumer != name for call in self.calls.values())
+        return self.may_unload and not others and all(call.consumer != name for call in self.calls.values())
 
     def may_ask_busy(self, consumer: str) -> bool:
         """While somebody holds it, busy is the holder's."""
@@ -580,7 +591,7 @@ class State:
         """Only where others are unloaded for a lease: else they may have been there before it."""
         held = {hold.consumer for hold in self.queue.holds.values()}
         strays = resident - held - {name for name in resident if self.queue.is_unloading(name)}
-        strays = strays if self._may_unload else set()
+        strays = strays if self.may_unload else set()
         before, self.intruders = self.intruders, {}
         for lease in self.leases:
             found = frozenset(name for name in strays if self.catalog.exclude(name, lease.consumer))

@@ -35,12 +35,18 @@ def _always() -> bool:
     return True
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(eq=False, slots=True)
 class Caller:
     """One connection that waits for an answer. ``here`` looks whether it still stands: quick, and called with the lock
-    down. ``gone`` is set by whoever saw it go."""
+    down. ``gone`` is set by whoever saw it go. ``begin_wait`` is called before its thread waits, with the lock down:
+    from then on somebody must see it go."""
 
     here: Callable[[], bool] = _always
+    begin_wait: Callable[[], None] = _nothing
     gone: bool = False
     ticket: Ticket | None = None
 

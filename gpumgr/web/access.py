@@ -20,6 +20,7 @@ import re
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from flask import Flask, Response, request
@@ -204,6 +205,7 @@ def _authorities(environ: Environ) -> list[str]:
     return [authority for authority in said if authority]
 
 
+@lru_cache(maxsize=64)  # the same few names in each request
 def _is_address(written: str) -> bool:
     try:
         ipaddress.ip_address(written)

@@ -82,16 +82,25 @@ class HangUp:
 
     @contextmanager
     def while_waiting(self, sock: socket.socket | None, broker: Broker) -> Iterator[Caller]:
-        """The caller on this socket, for as long as it waits; without a socket (flask's own server) it never leaves."""
+        """The caller on this socket, watched from when it begins to wait, as most are answered at once. Without a
+        socket (flask's own server) it never leaves."""
         if sock is None:
             yield Caller()
             return
-        caller = Caller(here=lambda: not _is_gone(sock.fileno()))
-        watch = self.watch(sock, lambda: broker.hang_up(caller), VANISHED_SECONDS)
+        watches: list[Watch] = []
+
+        def begin_wait() -> None:
+            try:
+                watches.append(self.watch(sock, lambda: broker.hang_up(caller), VANISHED_SECONDS))
+            except (OSError, ValueError):
+                broker.hang_up(caller)
+
+        caller = Caller(here=lambda: not _is_gone(sock.fileno()), begin_wait=begin_wait)
         try:
             yield caller
         finally:
-            watch.close()
+            for watch in watches:
+                watch.close()
 
     def forget(self, watch: Watch, fd: int) -> None:
         with self._lock:

@@ -36,6 +36,7 @@ class Pool:
         self._idle: list[SimpleQueue[Work | None]] = []
         self._turns = itertools.count(1)
         self._is_over = False
+        self._threads = threads
         for number in range(threads):
             threading.Thread(target=self._run, name=f"request-{number}", daemon=True).start()
 
@@ -47,6 +48,10 @@ class Pool:
             else:
                 (self._known if is_known(conn) else self._new).append(lambda: _done(future, work, conn))
         return future
+
+    def is_at_leisure(self) -> bool:
+        """Nobody waits for a thread, and half of them have nothing to do: one may be spared for a moment."""
+        return not self._known and not self._new and 2 * len(self._idle) >= self._threads
 
     def shutdown(self, wait: bool = True) -> None:  # noqa: ARG002 gunicorn never waits here
         """Each thread ends when nothing is left to take."""

@@ -1,6 +1,6 @@
 """gunicorn's gthread worker, with our own threads (pool.py), without its cost per waiting request, without a wait
-for bodies nobody wants or for heads that never end, without a traceback for callers that stand still, and with our own
-words for what it cannot read.
+for bodies nobody wants or for heads that never end, with less to do for each request, without a traceback for callers
+that stand still, and with our own words for what it cannot read.
 
 The cost: gunicorn 23 gthread.py, ``ThreadWorker.run``: after every event the main loop calls
 ``concurrent.futures.wait`` on all requests that have not ended, which locks each of them. With 1 000 waiters that made
@@ -15,6 +15,10 @@ not send it would hold four threads; so a connection whose body was not read who
 The head: gunicorn 23 reads a request's line and headers without a limit of time, in a thread of the pool. Some bytes of
 them, and nothing more, would hold that thread for ever; so they have ten seconds for the whole.
 
+The hand-overs: gunicorn's main loop waits for the next request of a kept connection, which costs two changes of threads
+for each. Who asks for a lease often releases it soon, so the thread that has answered waits for a moment itself, while
+half of the pool has nothing to do.
+
 The traceback: a proxied call sets a time limit on its caller's socket; gunicorn 23 gthread.py, ``ThreadWorker.handle``,
 logs everything that breaks an answer as a defect, but a connection that is gone.
 
@@ -26,21 +30,30 @@ from __future__ import annotations
 
 import errno
 import json
+import select
+import socket
+import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
+from gunicorn.http import wsgi
 from gunicorn.http.errors import ParseException
 from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers.gthread import ThreadWorker
 
 from gpumgr.errors import GpumgrError, InternalError, InvalidRequest
+from gpumgr.web.answer import Answer
 from gpumgr.web.pool import Pool
 from gpumgr.web.upload import is_left
 
 HEAD_SECONDS = 10.0
+LINGER_SECONDS = 0.02
+"""A crowd that comes just then finds half of the pool, and the rest so much later."""
 
 
 class _Copy(set[Future[Any]]):
@@ -79,12 +92,25 @@ class _Punctual(SocketUnreader):  # type: ignore[misc]  # gunicorn has no types
             left = self.until - time.monotonic()
             if left <= 0:  # also where there is always one more byte
                 raise TimeoutError
+            if (came := self._what_is_there()) is not None:
+                return came
             self.sock.settimeout(left)
             return super().chunk()
         except TimeoutError as error:
             raise ConnectionResetError(errno.ECONNRESET, "its head did not come in time") from error
         finally:
-            self.sock.settimeout(None)
+            if self.sock.gettimeout() is not None:
+                self.sock.settimeout(None)
+
+    def _what_is_there(self) -> bytes | None:
+        """Without a time limit, which costs three calls of the system. None: nothing yet."""
+        if isinstance(self.sock, ssl.SSLSocket):
+            return None
+        try:
+            came: bytes = self.sock.recv(self.mxchunk, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        return came
 
 
 class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
@@ -93,6 +119,12 @@ class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pending: set[Future[Any]] = set()
         super().__init__(*args, **kwargs)
+
+    def init_process(self) -> None:
+        # gunicorn asks for 17 settings for each request, through ``__getattr__``: half the time of reading one. In a
+        # worker they never change, so they are put where they are found at once.
+        self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
+        super().init_process()
 
     def get_thread_pool(self) -> Pool:
         return Pool(self.cfg.threads)
@@ -111,11 +143,56 @@ class LeaseWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         conn.parser.unreader.until = None
         req.body.gpumgr_request = req  # so that the application can say that the connection ends (upload.py)
         try:
-            return super().handle_request(req, conn)
+            return self._answer(req, conn)
         except TimeoutError as error:
             raise BrokenPipeError(errno.EPIPE, "the caller takes nothing") from error
 
+    def _answer(self, req: Any, conn: Any) -> bool:
+        """Whether the connection may be kept. As gunicorn 23 gthread.py, ``ThreadWorker.handle_request``, with an
+        Answer, and without what gpumgr has no use for: hooks, ``max_requests`` and files."""
+        began_at = datetime.now(UTC)
+        answer = Answer(req, conn.sock, self.cfg)
+        _, environ = wsgi.create(req, conn.sock, conn.client, conn.server, self.cfg)
+        environ["wsgi.multithread"] = True
+        if not self.alive or not self.cfg.keepalive or len(self._keep) >= self.max_keepalived:
+            answer.force_close()
+        try:
+            pieces = self.wsgi(environ, answer.start_response)
+            try:
+                for piece in pieces:
+                    answer.write(piece)
+                answer.close()
+            finally:
+                self.log.access(answer, req, environ, datetime.now(UTC) - began_at)
+                if hasattr(pieces, "close"):
+                    pieces.close()
+        except OSError:
+            raise
+        except Exception:
+            if answer.headers_sent:  # half an answer must not look whole
+                self.log.exception("Error handling request")
+                with suppress(OSError):
+                    conn.sock.shutdown(socket.SHUT_RDWR)
+                    conn.sock.close()
+                raise StopIteration from None
+            raise
+        return not answer.should_close()
+
     def handle(self, conn: Any) -> tuple[bool, Any]:
+        kept, conn = self._handle_one(conn)
+        while kept and self.alive and self._asks_again(conn.sock):
+            kept, conn = self._handle_one(conn)
+        return kept, conn
+
+    def _asks_again(self, sock: Any) -> bool:
+        """Whether the next request, or the connection's end, is there within a moment that nobody else needs."""
+        if not self.tpool.is_at_leisure():
+            return False
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(1000 * LINGER_SECONDS))
+
+    def _handle_one(self, conn: Any) -> tuple[bool, Any]:
         if not isinstance(conn.parser.unreader, _Punctual):
             conn.parser.unreader = _Punctual(conn.sock)
         conn.parser.unreader.until = time.monotonic() + self.head_seconds

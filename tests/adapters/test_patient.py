@@ -82,6 +82,15 @@ def test_a_driver_that_hangs_is_an_unreadable_card_until_it_answers(driver: Gate
     probe.close()
 
 
+def test_who_has_less_patience_is_told_sooner(driver: GatedProbe) -> None:
+    probe = PatientProbe(driver, limit_seconds=60)
+    driver.gate.clear()
+    assert probe.read(0.05).error is not None
+    driver.gate.set()
+    assert probe.read(60).gpus[0].readable
+    probe.close()
+
+
 def test_closing_does_not_wait_for_a_driver_that_hangs(driver: GatedProbe) -> None:
     probe = PatientProbe(driver, limit_seconds=0.05)
     driver.gate.clear()

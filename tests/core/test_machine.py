@@ -589,8 +589,8 @@ class BrokerMachine(RuleBasedStateMachine):
         it yet, or while a grant is written down."""
         self.coming = (when, what, pick)
 
-    def read(self) -> Reading:
-        reading = self.read_card()
+    def read(self, at_most_seconds: float | None = None) -> Reading:
+        reading = self.read_card(at_most_seconds)
         self.meanwhile("read")
         return reading
 

@@ -520,8 +520,8 @@ def a_holder_takes_its_memory_and_ends_while_the_card_is_read() -> None:
     lease = world.grant("chat")
     read = world.probe.read
 
-    def read_just_before_that() -> Reading:
-        reading = read()
+    def read_just_before_that(at_most_seconds: float | None = None) -> Reading:
+        reading = read(at_most_seconds)
         if world.broker.release(lease.token):
             world.services["chat"].take()
         return reading

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gpumgr.web.pool import NEWCOMERS_EACH, Pool
+from tests.waiting import until
 
 PATIENCE_SECONDS = 5.0
 NEW, KNOWN = SimpleNamespace(timeout=None), SimpleNamespace(timeout=1.0)
@@ -92,3 +93,23 @@ def test_what_was_cancelled_is_not_done() -> None:
     assert cancelled.cancel()
     busy.go()
     assert busy.order == ["end"]
+
+
+def test_it_is_at_leisure_while_half_of_its_threads_have_nothing_to_do() -> None:
+    pool, gate = Pool(4), threading.Event()
+    until(pool.is_at_leisure)
+    held = []
+    for _ in range(3):
+        assert pool.is_at_leisure()
+        held.append(pool.submit(lambda _: gate.wait(PATIENCE_SECONDS), NEW))
+    assert not pool.is_at_leisure()
+    gate.set()
+    assert all(future.result(PATIENCE_SECONDS) for future in held)
+    until(pool.is_at_leisure)
+
+
+def test_nobody_is_at_leisure_while_somebody_waits() -> None:
+    busy = Busy()
+    busy.submit("waits", NEW)
+    assert not busy.pool.is_at_leisure()
+    busy.go()
