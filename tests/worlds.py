@@ -316,11 +316,15 @@ class UnthreadedBroker(Broker):
 
     looks: dict[int, Callable[[], bool]]
     at_once = False
+    fresh: set[int] | None = None
+    """Requests whose own thread may still prepare, as the first step that the test lets it do; None: no such thing."""
 
     def _prepare(self, ticket: Ticket) -> None:
         if self.at_once:
             super()._prepare(ticket)
             return
+        if self.fresh is not None:
+            self.fresh.add(ticket.seq)
         with self.state.lock:
             self.state.hand_over(ticket)
 
@@ -493,9 +497,10 @@ class World(Stand):
             self.store.keep(self.broker.state.take_totals(), self.broker._idle)  # its thread had the moment it needs
         if reboot:
             self.store.boot += "'"
-        believes = self.broker.state.believes
+        believes, asks_itself = self.broker.state.believes, self.broker.fresh is not None
         self.broker = self._started_broker()
         self.broker.state.believes = believes
+        self.broker.fresh = set() if asks_itself else None
         self.broker.observe_card()
 
     def set_wall_clock(self, seconds: float) -> None:
@@ -620,13 +625,24 @@ class World(Stand):
     def step(self, seq: int) -> Step:
         self.stepping = seq
         try:
-            outcome = self.preparations[seq].step()
+            outcome = self._first_step(seq) or self.preparations[seq].step()
         finally:
             self.stepping = None
         if outcome is Step.DONE:
             del self.preparations[seq]
         self.wake()
         return outcome
+
+    def _first_step(self, seq: int) -> Step | None:
+        """By the thread that asks, where it may; where that comes to nothing a preparation thread begins anew."""
+        if self.broker.fresh is None or seq not in self.broker.fresh:
+            return None
+        self.broker.fresh.discard(seq)
+        if self.preparations[seq].at_once():
+            return Step.DONE
+        state = self.broker.state
+        self.preparations[seq] = Preparation(state, self.broker._world, self.preparations[seq]._ticket)
+        return Step.AGAIN
 
     def prepare(self, rounds: int = 50) -> None:
         """Step every preparation until all of them are done or wait."""

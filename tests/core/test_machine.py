@@ -882,9 +882,11 @@ class BrokerMachine(RuleBasedStateMachine):
         if name in self.quarantined:
             self.wrong.append(f"{name} was unloaded in its quarantine")
 
-    @initialize(when_unreadable=st.sampled_from(["refuse", "refuse", "declared"]))
-    def empty(self, when_unreadable: str) -> None:
+    @initialize(when_unreadable=st.sampled_from(["refuse", "refuse", "declared"]), at_once=st.booleans())
+    def empty(self, when_unreadable: str, at_once: bool) -> None:
+        """``at_once``: who asks prepares by itself where it can."""
         self.world.broker.state.believes = when_unreadable == "declared"
+        self.world.broker.fresh = set() if at_once else None
         self.follow()
 
     @invariant()
