@@ -390,7 +390,8 @@ class BrokerMachine(RuleBasedStateMachine):
                 more = min(more, max(0, free - self.owed(self.leased() - {name}, gpu)))
             assert more <= free, f"{name} was promised what is not there"
             self.world.card.set_used(service.pid, used + more, gpu)
-        self.unasked.add(name)
+        if any(service.used_mib(gpu) for gpu in SIZES[name]):  # a game may have left it nothing to take
+            self.unasked.add(name)
 
     def leased(self) -> set[str]:
         """Also those whose lease is being written down."""
