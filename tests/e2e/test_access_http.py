@@ -157,6 +157,23 @@ def test_a_large_body_without_a_token_gets_its_answer(guarded: Guarded) -> None:
         assert code(guarded.ask("POST", "/v1/plain/x", data=b"x" * size)) == (401, "unauthorized")
 
 
+def test_keeping_the_card_free_is_the_operators(guarded: Guarded) -> None:
+    for method in ("POST", "DELETE"):
+        assert code(guarded.ask(method, "/v1/hold")) == (401, "unauthorized")
+        assert code(guarded.ask(method, "/v1/hold", USE)) == (403, "forbidden")
+    assert guarded.ask("POST", "/v1/hold", OPERATE).json()["hold"]["by"] == "me"
+    assert guarded.ask("GET", "/v1/hold", USE).json()["hold"]["by"] == "me"
+    form = {"Origin": guarded.url}
+    page = {"Accept": BROWSER}
+    for secret, status in ((USE, 403), (OPERATE, 303)):
+        headers = {**form, **basic(secret)}
+        answer = guarded.ask("POST", "/v1/status", headers=headers, data={"action": "resume"}, allow_redirects=False)
+        assert answer.status_code == status
+        shown = guarded.ask("GET", "/v1/status", headers={**page, **basic(secret)}).text
+        assert ("<form" in shown) is (secret == OPERATE)
+    assert guarded.ask("GET", "/v1/hold", USE).json() == {"hold": None}
+
+
 @pytest.mark.parametrize("secret", [USE, THIRD, OPERATE])
 def test_a_life_of_a_lease_with_a_token(guarded: Guarded, secret: str) -> None:
     grant = guarded.ask("POST", "/v1/lease", secret, json={"kind": "plain"}).json()
