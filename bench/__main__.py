@@ -13,6 +13,7 @@ from collections.abc import Callable
 from bench import (
     flood,
     free_to_grant,
+    gamemode,
     ghosts,
     handover,
     handover_eviction,
@@ -41,6 +42,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "mixed": mixed.run,
     "imagen": imagen.run,
     "proxy": proxy.run,
+    "gamemode": gamemode.run,
     "ghosts": ghosts.run,
     "restart": restart.run,
 }

@@ -23,6 +23,7 @@ import psutil
 
 from bench.figure import Bar, Figure
 from bench.idle import AT_MOST_PERCENT, SETTLE_SECONDS, cpu_percent
+from gpumgr.adapters.games import YOUNG_SECONDS
 from tests.brokers import RunningBroker, free_port
 from tests.services import Sleeper
 from tests.stand_in import Process, StandInDriver, build_or_skip
@@ -42,7 +43,7 @@ def run(seconds: float = 30.0) -> Figure:
         if broker.process is None:
             raise RuntimeError("the broker is not running")
         master = psutil.Process(broker.process.pid)
-        time.sleep(SETTLE_SECONDS)
+        time.sleep(SETTLE_SECONDS + YOUNG_SECONDS)  # processes that have just begun are looked at more often
         percent = cpu_percent([master, *master.children()], seconds)
         shown = broker.status()["gpus"][0]["processes"]
     measured = {
@@ -91,7 +92,8 @@ def _config(ports: list[int]) -> dict[str, Any]:
     ]
     names = ("comfyui", "ollama", "mvoice", "whisper")
     common = [{"url": f"http://127.0.0.1:{port}", "vram_resident_mib": 1000} for port in ports]
-    return {"consumers": {name: a | b for name, a, b in zip(names, told, common, strict=True)}}
+    consumers = {name: a | b for name, a, b in zip(names, told, common, strict=True)}
+    return {"gpu": {"yield_to": ["*nobody_plays_this*"]}, "consumers": consumers}
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:

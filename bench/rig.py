@@ -26,11 +26,16 @@ from typing import Any, Self
 import requests
 import yaml
 
+from gpumgr.sim.stage import MODEL
 from tests.brokers import ROOT, RunningBroker
 from tests.waiting import until
 
 ANSWER_SECONDS = 60.0
 LONG_WAIT_SECONDS = 600
+WARM: dict[str, tuple[str, dict[str, Any]]] = {
+    "mvoice": ("/v1/audio/speech", {"input": "warm"}),
+    "ollama": ("/api/generate", {"model": MODEL}),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +192,17 @@ class Rig:
         self._stack = stack
         self._brokers = 0
 
-    def broker(self, *, lease: dict[str, Any] | None = None, **server: Any) -> RunningBroker:
-        """A started one; ``server`` and ``lease`` are keys of these sections, else as an operator has it by default."""
+    def broker(
+        self, *, lease: dict[str, Any] | None = None, gpu: dict[str, Any] | None = None, **server: Any
+    ) -> RunningBroker:
+        """A started one; ``server``, ``lease`` and ``gpu`` are keys of these sections, else as an operator has it by
+        default."""
         self._brokers += 1
         directory = self._directory / f"broker-{self._brokers}"
         directory.mkdir()
         config = self._config | {"server": self._config["server"] | server}
         config |= {} if lease is None else {"lease": lease}
+        config |= {"gpu": self._config["gpu"] | (gpu or {})}
         return self._stack.enter_context(RunningBroker(directory, config))
 
     def line(self, broker: RunningBroker, consumer: str, waiting: int = 0) -> Line:
@@ -201,9 +210,12 @@ class Rig:
 
     def load_speech(self) -> None:
         """Make mvoice resident."""
-        requests.post(
-            f"{self.services['mvoice']}/v1/audio/speech", json={"input": "warm"}, timeout=60
-        ).raise_for_status()
+        self.load("mvoice")
+
+    def load(self, name: str) -> None:
+        """Make ollama or mvoice resident, by a request of their own."""
+        path, body = WARM[name]
+        requests.post(f"{self.services[name]}{path}", json=body, timeout=60).raise_for_status()
 
 
 @contextmanager

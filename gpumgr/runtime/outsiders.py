@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_HOLD_SECONDS = 4 * 3600.0
 LONGEST_HOLD_SECONDS = 7 * 24 * 3600.0
-LOOK_SECONDS = 0.5
-"""A look costs one listing of /proc."""
+LOOK_SECONDS = 1.0
+"""A look costs a listing of /proc where a process has begun since."""
 
 
 class Outsiders:
