@@ -12,6 +12,7 @@ from flask import Flask
 
 from gpumgr.adapters.clock import SystemClock
 from gpumgr.adapters.dialects import REGISTERED, dialect_of
+from gpumgr.adapters.holders import HolderProbe, HolderProcesses
 from gpumgr.adapters.nvml import NvmlProbe
 from gpumgr.adapters.ownership import Claim, Ownership
 from gpumgr.adapters.patient import PatientProbe
@@ -30,8 +31,11 @@ def build(settings: Settings) -> Flask:
 
 def build_broker(settings: Settings) -> Broker:
     dialects = {name: dialect_of(consumer) for name, consumer in settings.consumers.items()}
-    clock = SystemClock()
-    return Broker(settings, build_probe(settings), dialects, clock, SqliteStore(settings.server.state_dir, clock))
+    clock, holders = SystemClock(), HolderProcesses()
+    probe = HolderProbe(build_probe(settings), holders)
+    return Broker(
+        settings, probe, dialects, clock, SqliteStore(settings.server.state_dir, clock), holder_processes=holders
+    )
 
 
 def build_probe(settings: Settings) -> Probe:
@@ -65,7 +69,7 @@ def _card_file(settings: Settings) -> Path:
 
 def _local_ports(settings: Settings) -> dict[str, int]:
     """The listening port of each consumer on this machine: a process that listens there is that consumer's."""
-    origins = {name: origin_of(consumer.url) for name, consumer in settings.consumers.items()}
+    origins = {name: origin_of(c.url) for name, c in settings.consumers.items() if c.url is not None}
     return {name: port for name, (_, host, port) in origins.items() if port is not None and _is_here(host)}
 
 

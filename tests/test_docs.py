@@ -48,17 +48,18 @@ def test_every_error_has_its_row(code: str) -> None:
         *("vram_resident_mib", "residual_mib", "can_coexist_with", "max_concurrency", "processes", "health", "busy"),
         *("unit", "container", "on_expiry", "max_hold_seconds", "confirm_seconds", "quarantine_seconds"),
         *("auth", "trusted_network", "tokens_file", "allowed_hosts", "allowed_origins", "headers"),
-        *("unload", "load", "loaded", "proxy_path"),
+        *("unload", "load", "loaded", "proxy_path", "preset", "scope", "socket", "command", "metrics"),
+        *("above", "below", "equals", "not_equals", "for_each", "cuts_work", "starts_service"),
     ],
 )
 def test_every_key_is_in_the_reference(key: str) -> None:
-    assert re.search(rf"(^|[\s{{#]){key}:", REFERENCE, re.MULTILINE)
+    assert re.search(rf"(^|[\s{{#]){key}(:|,| or )", REFERENCE, re.MULTILINE)
 
 
 def test_the_list_above_is_every_key_there_is() -> None:
     source = (ROOT / "gpumgr" / "config" / "load.py").read_text(encoding="utf-8")
-    taken = set(re.findall(r'(?:take|need|_call|_report)\((?:section, )?"(\w+)"', source))
-    of_calls = {"method", "path", "json", "above", "timeout_seconds"}
+    taken = set(re.findall(r'(?:take|need|has|_call|_report)\((?:section, )?"(\w+)"', source))
+    of_calls = {"method", "path", "json", "timeout_seconds"}
     listed = set(test_every_key_is_in_the_reference.pytestmark[0].args[1])  # type: ignore[attr-defined]
     assert taken - of_calls - {"consumers"} == listed
 

@@ -98,6 +98,7 @@ class Service:
     ask_again_seconds: float | None = 1.0
     can_unload = True
     load_starts_service = False
+    cuts_work = False
 
     def __init__(self, of: Consumer, card: SimulatedCard, port: int, *, can_load: bool, deferred: bool) -> None:
         self.consumer = of
@@ -209,6 +210,14 @@ class LedgerStore:
             ],
             rebooted=[kept.lease for kept in rebooted],
             totals=dict(self._totals),
+            holders=[
+                (lease.process, lease.consumer)
+                for lease in [
+                    *(kept.lease for kept, _ in self._live.values()),
+                    *(k.lease for k, _, _ in self._over.values()),
+                ]
+                if lease.process is not None
+            ],
         )
 
     def note(self, event: dict[str, Any]) -> None:

@@ -166,7 +166,7 @@ class Ownership:
         listeners = self._listeners(pid)
         if not listeners:
             return None
-        for ancestor in _lineage(pid):
+        for ancestor in lineage(pid):
             ports = {listeners[inode] for inode in _socket_inodes(ancestor) if inode in listeners}
             for claim in self._claims:
                 if claim.port in ports:
@@ -245,7 +245,7 @@ def _words(pid: int, name: str) -> list[str]:
     return [word for word in words if word]
 
 
-def _lineage(pid: int) -> Iterator[int]:
+def lineage(pid: int) -> Iterator[int]:
     """The pid, its parent, and so on, without process 1. A reused pid cannot make this endless."""
     seen: set[int] = set()
     while pid > 1 and pid not in seen:

@@ -21,12 +21,20 @@ from typing import Any
 from gpumgr import __version__
 from gpumgr.config import Settings
 from gpumgr.core.catalog import Consumer
-from gpumgr.core.lease import Call, EndReason, Lease, RequestKey, require_same
+from gpumgr.core.lease import Call, EndReason, HolderProcess, Lease, RequestKey, require_same
 from gpumgr.core.placement import View, impossible, insufficient
 from gpumgr.core.queue import Fifo, Phase
-from gpumgr.errors import GpumgrError, InternalError, LeaseMismatch, LeaseUnknown, RequestEnded, ShuttingDown
+from gpumgr.errors import (
+    GpumgrError,
+    InternalError,
+    InvalidRequest,
+    LeaseMismatch,
+    LeaseUnknown,
+    RequestEnded,
+    ShuttingDown,
+)
 from gpumgr.runtime.evictor import Evictor
-from gpumgr.runtime.ports import BackendError, Clock, Dialect, Probe, Store, StoreError
+from gpumgr.runtime.ports import BackendError, Clock, Dialect, HolderProcesses, Kept, Probe, Store, StoreError
 from gpumgr.runtime.preparation import Preparation, World, ask_busy, store_failed, store_unavailable
 from gpumgr.runtime.quarantine import Watchman
 from gpumgr.runtime.refusals import prepare_timeout, scheduler_timeout
@@ -67,7 +75,10 @@ class Broker:
         clock: Clock,
         store: Store,
         pause: Callable[[float], None] = time.sleep,
+        *,
+        holder_processes: HolderProcesses | None = None,
     ) -> None:
+        """``holder_processes`` None: no holder may name its process."""
         self.settings = settings
         self.clock = clock
         self.store = store
@@ -89,7 +100,8 @@ class Broker:
         self._probe = probe
         self._dialects = dialects
         evictor = Evictor(probe, dialects, clock, pause)
-        self._world = World(probe, dialects, evictor, store, clock)
+        self._holder_processes = holder_processes or _NoProcesses()
+        self._world = World(probe, dialects, evictor, store, clock, self._holder_processes)
         self._pause = pause
         self._watchman = Watchman(self.state, dialects, clock, settings.lease.quarantine_seconds)
         self._keeper = Rounds("keep-store", self.keep_store)
@@ -194,14 +206,19 @@ class Broker:
         except StoreError as error:
             store_failed(self.state, error)
             return
-        with self.state.lock:
-            self.state.restore(kept)
-            live = len(self.state.leases)
+        self._take_up(kept)
+        live = len(self.state.leases)
         log.info("restored leases=%s fence=%s rebooted=%s", live, kept.fence, len(kept.rebooted))
         for name in kept.evicting:
             log.warning(
                 "it was being unloaded when the last process ended; what came of it the card tells consumer=%s", name
             )
+
+    def _take_up(self, kept: Kept) -> None:
+        for process, consumer in kept.holders:
+            self._holder_processes.follow(process, consumer)
+        with self.state.lock:
+            self.state.restore(kept)
 
     def _note_down(self, event: dict[str, Any]) -> None:
         self.store.note(event)
@@ -232,9 +249,7 @@ class Broker:
             if self.state.restored:
                 self.store.try_again()
             else:
-                kept = self.store.open()
-                with self.state.lock:
-                    self.state.restore(kept)
+                self._take_up(self.store.open())
                 for quarantine in list(self.state.quarantines.values()):
                     self._begin_quarantine(quarantine)
         except StoreError as error:
@@ -262,6 +277,7 @@ class Broker:
 
     def _granted(self, ask: Ask, caller: Caller, *, proxied: bool) -> Lease | Call:
         self.tick()
+        process = self._named_process(ask.holder_pid)
         here = caller.here()
         with self.state.lock:
             now = self.clock.monotonic()
@@ -276,6 +292,7 @@ class Broker:
                     return live
             deadline = now + self._wait_seconds(ask)
             ticket = self._ticket(ask, consumer, now, deadline, proxied=proxied)
+            ticket.process = ticket.process or process
             ticket.callers.append(caller)  # in the same breath: whoever joins must not be its only one
             caller.ticket = ticket
             passes = self._lets_pass and self.state.queue.is_waiting(ticket.entry)
@@ -286,6 +303,19 @@ class Broker:
         with self.state.lock:
             granted = self._await(ticket, deadline, caller)
         return self._taken(ticket, granted, caller)
+
+    def _named_process(self, pid: int | None) -> HolderProcess | None:
+        """Raises: InvalidRequest where there is no such process."""
+        if pid is None:
+            return None
+        started = self._holder_processes.started(pid)
+        if started is None:
+            raise InvalidRequest(
+                f"holder_pid {pid} is no process of this machine that a holder can be. In a container, or on another "
+                "machine, leave holder_pid out: what the process takes is then untracked",
+                field="holder_pid",
+            )
+        return HolderProcess(pid, started)
 
     def _require_restored(self) -> None:
         """Whatever is unknown now may be in the store that cannot be read. Raises: StoreUnavailable."""
@@ -729,16 +759,19 @@ class Broker:
         return TAIL_EACH_SECONDS / 2 if working else HEALTH_IN_USE_EACH_SECONDS / 2
 
     def _look_at_health(self, name: str, dialect: Dialect) -> None:
-        error = None
+        error, stopped = None, False
         try:
             dialect.health()
         except BackendError as failure:
-            error = str(failure)
+            error, stopped = str(failure), failure.stopped
         except Exception:  # a defect of one dialect must not hide the health of the others
             log.exception("health failed consumer=%s", name)
             error = "gpumgr failed to ask; its log has the traceback"
         with self.state.lock:
-            self.state.note_health(name, error)
+            if stopped and not self.state.queue.holds_of(name):
+                self.state.note_stopped(name)
+            else:
+                self.state.note_health(name, error)
 
     def _look_at_work(self, name: str, dialect: Dialect) -> None:
         try:
@@ -761,6 +794,16 @@ class Broker:
         each = TAIL_EACH_SECONDS if remembered.tail or remembered.busy else at_most_seconds
         instants = [at for at in (remembered.busy_asked, remembered.last_used) if at is not None]
         return not instants or self.clock.monotonic() - max(instants) >= each
+
+
+class _NoProcesses:
+    """Where nobody can tell processes."""
+
+    def started(self, pid: int) -> int | None:  # noqa: ARG002
+        return None
+
+    def follow(self, process: HolderProcess, consumer: str) -> None:
+        pass
 
 
 def _hung_up() -> RequestEnded:

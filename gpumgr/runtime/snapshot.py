@@ -127,6 +127,7 @@ def _lease(state: State, lease: Lease, now: float) -> dict[str, Any]:
         "expires_at": state.shown(lease.expires_at),
         "ttl_seconds": lease.ttl_seconds,
         "held_seconds": round(now - lease.granted_at, 3),
+        "holder_pid": lease.process and lease.process.pid,
     }
 
 

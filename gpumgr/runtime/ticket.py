@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gpumgr.core.catalog import Consumer
-from gpumgr.core.lease import Call, Lease, RequestKey
+from gpumgr.core.lease import Call, HolderProcess, Lease, RequestKey
 from gpumgr.core.placement import Victim
 from gpumgr.core.queue import Entry, WaitingFor
 from gpumgr.errors import GpumgrError
@@ -27,6 +27,8 @@ class Ask:
     wait_seconds: float | None = None
     holder: str | None = None
     request: RequestKey | None = None
+    holder_pid: int | None = None
+    """The holder's own process, whose memory its lease is for as well."""
 
 
 def _always() -> bool:
@@ -61,6 +63,7 @@ class Ticket:
     prepare_seconds: float
     woken: threading.Condition
     stirred: threading.Condition
+    process: HolderProcess | None = None
     proxied: bool = False
     """A call that ends by itself, not a lease."""
     callers: list[Caller] = field(default_factory=list)

@@ -256,6 +256,7 @@ class Backend:
     can_unload: bool = True
     can_load: bool = False
     load_starts_service: bool = False
+    cuts_work: bool = False
     falls_after: float | None = 0.0
     falls_to_mib: int = CONTEXT_MIB
     loses: int = 0
