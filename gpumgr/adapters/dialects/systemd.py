@@ -1,15 +1,13 @@
 """A systemd service: stopped to unload, started to load.
 
-Facts (systemctl(1) and systemd.service(5), systemd 252, read 2026-11): ``stop`` and ``start`` return when the job is done; ``show`` exits with
-0 whatever the unit's state, also for one that does not exist (``LoadState=not-found``). Without ``--no-ask-password`` a
-call that may not do it would wait for somebody to type one. A unit with ``Restart=`` that was stopped stays so; a
-socket or a timer of its name would start it again. A program that does not exit with 0 on SIGTERM leaves its unit
-``failed``.
+Facts (systemctl(1) and systemd.service(5) of systemd 252, read 2026-11; no systemd ran): ``stop`` and ``start`` return
+when the job is done; ``show`` exits with 0 whatever the unit's state, also for one that does not exist
+(``LoadState=not-found``). Without ``--no-ask-password`` a call that may not do it would wait for somebody to type one.
+A unit with ``Restart=`` that was stopped stays so; a socket or a timer of its name would start it again. A program that
+does not exit with 0 on SIGTERM leaves its unit ``failed``.
 """
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 from gpumgr.adapters.dialects.programs import Ended, run
 from gpumgr.adapters.dialects.started import StartedService, State
@@ -20,7 +18,7 @@ STARTING = frozenset({"activating", "deactivating"})
 
 
 class Systemd(StartedService):
-    systemctl: ClassVar[str] = "systemctl"
+    systemctl: str = "systemctl"
 
     def _stop(self, within_seconds: float) -> None:
         self._systemctl("stop", within_seconds=within_seconds).require()
