@@ -124,7 +124,8 @@ def _require_whole_reports(settings: ConsumerSettings) -> None:
 def _require_whole_report(where: str, report: Report) -> None:
     conditions = [report.below, report.equals, report.not_equals]
     if report.command:
-        if report.path or report.json or report.metrics or any(given is not None for given in conditions):
+        conditioned = report.above != 0 or any(given is not None for given in conditions)
+        if report.path or report.json or report.metrics or conditioned:
             raise ConfigError(f"{where} has a command, whose exit code is the answer: remove the other keys")
         return
     if report.path is None:

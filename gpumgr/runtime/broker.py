@@ -627,10 +627,18 @@ class Broker:
             self.state.ending.discard(lease.token)
             self.state.ended.notify_all()
         self.state.events.append(event)
+        self._hand_over_process(lease)
         look = self._quarantined(lease) if quarantined else self._left(lease)
         if look and not self._looks_at_tails:
             self._servers.nudge()
         log.info("%s consumer=%s %s", event["type"], lease.consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
+
+    def _hand_over_process(self, lease: Lease) -> None:
+        """One program may hold several leases: what it keeps is that one's which goes on."""
+        with self.state.lock:
+            going_on = [other.consumer for other in self.state.leases if other.process == lease.process]
+        if lease.process is not None and going_on:
+            self._holder_processes.follow(lease.process, going_on[-1])
 
     def _left(self, lease: Lease) -> bool:
         """Whether its consumer may have a tail."""

@@ -148,3 +148,14 @@ def test_what_can_never_fit_beside_it_is_refused_and_nobody_is_unloaded() -> Non
     refusal = world.refusal("batch", holder_pid=world.programs.begin(), wait_seconds=5)
     assert isinstance(refusal, InsufficientVram)
     assert world.services["batch"].asked_to_unload == 0
+
+
+def test_what_a_program_of_two_leases_holds_is_the_ones_that_goes_on() -> None:
+    world = world_of(consumer("voice", 3000, beside=["batch"]), beside=["voice"])
+    pid = world.programs.begin()
+    world.grant("voice", holder_pid=pid)
+    lease = world.grant("batch", holder_pid=pid)
+    world.card.set_used(pid, 2000)
+    assert (shown(world)["held_mib"], shown(world, "voice")["held_mib"]) == (2000, 0)
+    world.broker.release(lease.token)
+    assert (shown(world)["held_mib"], shown(world, "voice")["held_mib"]) == (0, 2000)
