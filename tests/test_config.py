@@ -391,10 +391,8 @@ def test_a_service_whose_work_an_unload_would_cut_unseen_is_warned_of(tmp_path: 
     tabby = {"preset": "tabbyapi", "url": "http://127.0.0.1:5000", "vram_resident_mib": 9000}
     settings = config.load_file(written(tmp_path, {"consumers.tabby": tabby, "routing.llm": "tabby"}))
     assert settings.consumers["tabby"].dialect == "http"
-    assert [w for w in settings.warnings if "tabby" in w] == [
-        "consumers.tabby has no busy report, and its unload cuts what runs: let its clients come through gpumgr only, "
-        "whose calls and leases are never cut"
-    ]
+    (warning,) = [w for w in settings.warnings if "tabby" in w]
+    assert "no busy report, and its unload cuts what runs" in warning
 
 
 def test_what_stays_of_vllm_is_more_than_of_others(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import re
 import pytest
 
 from gpumgr import config, errors
+from gpumgr.adapters.dialects import REGISTERED
+from gpumgr.config.presets import presets
 from gpumgr.core.queue import WaitingFor
 from gpumgr.web.problems import ROUTES
 from gpumgr.wiring import build
@@ -96,3 +98,9 @@ def test_links_of_the_documents_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_dialect_and_preset_has_its_row() -> None:
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    rows = [re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE) for part in page.split("## Presets")]
+    assert [sorted(part) for part in rows] == [sorted(["dialect", *REGISTERED]), sorted(["preset", *presets()])]

@@ -134,7 +134,5 @@ def _require_whole_report(where: str, report: Report) -> None:
         raise ConfigError(f"{where}.json is missing: write which field of the answer tells it, such as running")
     if report.json is not None and report.metrics:
         raise ConfigError(f"{where} has json and metrics: remove one of them")
-    if sum(given is not None for given in conditions) + (report.above != 0) > 1:
-        raise ConfigError(f"{where} has more than one of above, below, equals and not_equals: keep one")
     if report.metrics and (report.equals is not None or report.not_equals is not None):
         raise ConfigError(f"{where} compares metrics, which are numbers: write above or below")

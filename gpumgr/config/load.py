@@ -289,6 +289,7 @@ def _sizes(section: Section, gpus: tuple[GpuRef, ...]) -> tuple[int, ...]:
     return section.need("vram_resident_mib", sizes, "write how many MiB it holds when it is loaded")
 
 
+CONDITIONS = ("above", "below", "equals", "not_equals")
 NO_COMMAND: tuple[str, ...] = ()
 
 
@@ -341,6 +342,8 @@ def _report(parent: Section, key: str) -> Report | None:
         parent.section(key)
         return None
     section = parent.section(key)
+    if sum(section.has(condition) for condition in CONDITIONS) > 1:
+        raise ConfigError(f"{section.where} has more than one of {', '.join(CONDITIONS)}: keep one")
     report = Report(
         path=section.take("path", check.url_path, "") or None,
         json=section.take("json", check.text, "") or None,
