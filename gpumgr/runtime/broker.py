@@ -215,10 +215,12 @@ class Broker:
             )
 
     def _take_up(self, kept: Kept) -> None:
-        for process, consumer in kept.holders:
-            self._holder_processes.follow(process, consumer)
         with self.state.lock:
             self.state.restore(kept)
+            known = set(self.state.catalog.consumers)
+        for process, consumer in kept.holders:
+            if consumer in known:
+                self._holder_processes.follow(process, consumer)
 
     def _note_down(self, event: dict[str, Any]) -> None:
         self.store.note(event)

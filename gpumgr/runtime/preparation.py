@@ -257,7 +257,8 @@ class Preparation:
 
     def _wait_inside(self, decision: Wait) -> None:
         if decision.reason == "vram":
-            who = ", ".join(decision.consumers) or "holders"
+            names = [name for name in decision.consumers if name != self._target.name]
+            who = ", ".join(names + _programs(self._state.lingerers(self._target.name, self._ticket))) or "holders"
             self._ticket.step = f"waiting for {decision.short_mib} MiB that {who} use or were promised"
             self._state.wait_inside(self._ticket, WaitingFor.VRAM)
         elif decision.reason == "draining":
@@ -269,7 +270,7 @@ class Preparation:
     def _drain_words(self, consumers: Sequence[str]) -> list[str]:
         state = self._state
         return [
-            _drain(name, state.computing(name), state.memory[name].busy_error, state.lingerers(name))
+            _drain(name, state.computing(name), state.memory[name].busy_error, state.lingerers(name, self._ticket))
             for name in consumers
         ]
 
@@ -596,9 +597,13 @@ def _drain(name: str, work: str | None, error: str | None, left: Sequence[GpuPro
     if error is not None:
         return f"{name} says whether it is busy ({error})"
     if left:
-        return f"{', '.join(f'{p.name} (pid {p.pid})' for p in left)} of {name} has ended: nobody may unload it"
+        return f"{', '.join(_programs(left))} of {name} has ended: nobody may unload it"
     words = {"tail": "has ended what its last holder began", "direct": "has ended what somebody gave it without gpumgr"}
     return f"{name} {words.get(work or '', 'is idle')}"
+
+
+def _programs(processes: Sequence[GpuProcess]) -> list[str]:
+    return [f"{process.name} (pid {process.pid})" for process in processes]
 
 
 def ask_reports(names: list[str], dialects: Mapping[str, Dialect]) -> dict[str, Report]:

@@ -445,17 +445,14 @@ class State:
         """Those of which more than a context is left."""
         return {name for (name, _), mib in left.items() if mib > self.catalog.consumers[name].residual_mib}
 
-    def lingerers(self, consumer: str) -> list[GpuProcess]:
-        """The programs that keep it in use without a lease, as they were last seen."""
+    def lingerers(self, consumer: str, ticket: Ticket | None = None) -> list[GpuProcess]:
+        """The programs that keep it in use without a lease, as they were last seen; for a ticket, not its own."""
         known = self.catalog.consumers.get(consumer)
-        if (
-            known is None
-            or self.queue.holds_of(consumer)
-            or consumer not in self._hold_much(self._lingering(self.reading))
-        ):
+        holds = [hold for hold in self.queue.holds_of(consumer) if ticket is None or hold.seq != ticket.seq]
+        if known is None or holds or consumer not in self._hold_much(self._lingering(self.reading, ticket)):
             return []
         own = {p.pid: p for gpu in self.reading.gpus for p in gpu.processes if p.consumer == consumer}
-        return [process for process in own.values() if self._lingers(process, known, None)]
+        return [process for process in own.values() if self._lingers(process, known, ticket)]
 
     def _leased(self, consumer: Consumer) -> bool:
         """Whether a lease shares a GPU with it, also one that is being written down."""

@@ -67,7 +67,7 @@ def test_what_an_earlier_holders_program_holds_is_not_lent_to_the_next_one() -> 
     world.prepare()
     assert second.waits
     assert second.ticket.waiting_for is WaitingFor.VRAM
-    assert "batch" in second.ticket.step
+    assert f"train.py (pid {first})" in second.ticket.step
     world.programs.end(first)
     world.prepare()
     assert second.lease().consumer == "batch"

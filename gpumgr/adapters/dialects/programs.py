@@ -57,7 +57,10 @@ def run(arguments: Sequence[str], within_seconds: float) -> Ended:
         why = getattr(error, "strerror", None) or error
         raise BackendError("failed", f"{arguments[0]} cannot be run: {why}") from None
     with process:
-        over, tail = _watched(process, until)
+        try:
+            over, tail = _watched(process, until)
+        except OSError as error:  # no descriptor left, or a sandbox that shuts a call
+            over, tail = True, f"it could not be watched: {error}".encode()
         if over:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
