@@ -43,7 +43,7 @@ SIZE_MIB = 14000
 """Two of them do not fit on the card of 24000 MiB: whoever is granted too soon over-commits."""
 RESIDUAL_MIB = 1536
 SIDE_BY_SIDE = 8
-WORK_SECONDS = 0.8
+WORK_SECONDS = 1.5
 LIMIT_SECONDS = 1.0
 PROGRAM_SECONDS = 2.0
 """The same where a program has to begin within it, on a loaded machine."""
@@ -133,7 +133,7 @@ class Stage:
     def play(self, fault: str) -> Outcome:
         if not isinstance(self.victim, Vllm):
             self.work(self.victim)
-        until(lambda: self.victim.used_mib == SIZE_MIB and not self.victim.busy)
+        until(lambda: self.victim.used_mib == SIZE_MIB and not self.victim.busy, 20)
         self.misbehave(fault)
         outcome = self._while_busy() if fault == "busy" else self._wanted(1.0 if fault == "hangs" else 10.0)
         under = 0
@@ -165,7 +165,7 @@ class Stage:
         quick, self.victim.work_seconds = self.victim.work_seconds, WORK_SECONDS  # type: ignore[attr-defined]
         with ThreadPoolExecutor(1) as pool:
             direct = pool.submit(self.work, self.victim)
-            until(lambda: self.victim.busy)
+            until(lambda: self.victim.busy, 20)
             too_soon = self.acquire("target", 0.2)
             outcome = self._wanted()
             outcome.work, outcome.too_soon = direct.result(10), too_soon
@@ -311,24 +311,3 @@ def test_every_coded_dialect_is_in_a_matrix() -> None:
     here = {victim for victim, _ in CELLS}
     there = {name if name in REGISTERED else "http" for name in TARGET_OF}
     assert here | there == set(REGISTERED) - {"none"}
-
-
-# A first call that was not enough is made again; whoever began to compute meanwhile would be cut by that one.
-def test_work_that_begins_after_the_first_call_is_not_cut_by_the_second(tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        stage, dialects = a_stage("vllm", "hangs", tmp_path, stack)
-        dialects["victim"].ask_again_seconds = 0.2
-        until(lambda: stage.victim.used_mib == SIZE_MIB)
-        stage.misbehave("answers-200-and-keeps-it")
-        stage.victim.work_seconds = 5.0  # type: ignore[attr-defined]
-        with ThreadPoolExecutor(2) as pool:
-            wanted = pool.submit(stage.acquire, "target")
-            until(lambda: stage.victim.unload_calls == 1)
-            stage.victim.faults = Faults()
-            pool.submit(stage.work, stage.victim)
-            until(lambda: stage.victim.busy)
-            answer = wanted.result(20)
-            stage.victim.die()
-        assert isinstance(answer, EvictionFailed), repr(answer)
-        assert answer.details["victims"][0]["reason"] == "busy"
-        assert stage.victim.unload_calls == 1
