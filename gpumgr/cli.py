@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpumgr import __version__
+from gpumgr import __version__, run
 from gpumgr.client import DEFAULT_URL, BrokerUnreachable, Gpu
 from gpumgr.errors import GpumgrError
 
@@ -17,7 +17,7 @@ POLL_SECONDS = 0.25
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done. 1: it went wrong. 2: the words or the configuration are wrong."""
+    """0: done. 1: it went wrong. 2: the words or the configuration are wrong. ``run``: the program's own, or 1."""
     parser = _parser()
     chosen = parser.parse_args(arguments)
     try:
@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return hold(chosen.url, chosen.reason, chosen.ttl_seconds, chosen.wait)
         if chosen.command == "resume":
             return resume(chosen.url)
+        if chosen.command == "run":
+            return under_lease(chosen, parser)
         return demo(stay=not chosen.exit)
     except ImportError as error:
         print(
@@ -45,6 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check-config", help="say what is wrong with a configuration file")
     check.add_argument("file", type=Path, help="such as config/consumers.yaml")
+    job = commands.add_parser("run", help="run a program while holding a lease; its exit code is this one's")
+    which = job.add_mutually_exclusive_group(required=True)
+    which.add_argument("--consumer", help="such as batch, a consumer of dialect none")
+    which.add_argument("--kind", help="such as image")
+    job.add_argument("--holder", help="a label for status (default: the program's name)")
+    job.add_argument("--wait", type=float, metavar="SECONDS", help="how long to wait for the GPU")
+    job.add_argument("--ttl", type=float, metavar="SECONDS", help="of the lease, which is renewed while it runs")
+    job.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ...", help="what to run")
     story = commands.add_parser("demo", help="play the main job on a simulated card, then stay up until Ctrl-C")
     story.add_argument("--exit", action="store_true", help="end by itself after the story")
     url = os.environ.get("GPUMGR_URL") or DEFAULT_URL
@@ -61,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         help="return when the card is free, or fail after so long",
     )
     go_on = commands.add_parser("resume", help="let the card be used again")
-    for command in (keep, go_on):
+    for command in (keep, go_on, job):
         command.add_argument("--url", default=url, help=f"the broker (GPUMGR_URL, default {DEFAULT_URL})")
     return parser
 
@@ -116,6 +126,14 @@ def check_config(file: Path) -> int:
     kinds = ", ".join(f"{kind} → {consumer}" for kind, consumer in settings.catalog.routing.items()) or "none"
     print(f"{file}: ok. {len(settings.consumers)} consumers; kinds: {kinds}")
     return 0
+
+
+def under_lease(chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    program = chosen.program[1:] if chosen.program[:1] == ["--"] else chosen.program
+    if not program:
+        parser.error("name the program to run after --, such as: gpumgr run --consumer batch -- python train.py")
+    wanted = {"consumer": chosen.consumer, "kind": chosen.kind, "ttl_seconds": chosen.ttl, "wait_seconds": chosen.wait}
+    return run.under_lease(program, chosen.url, holder=chosen.holder or Path(program[0]).name, **wanted)
 
 
 def demo(*, stay: bool) -> int:

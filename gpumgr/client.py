@@ -66,7 +66,9 @@ class HeldLease:
 
     @property
     def url(self) -> str:
-        """Where the consumer is: run the job directly against it."""
+        """Where the consumer is: run the job directly against it. Raises: ValueError where it has no address."""
+        if self.grant["url"] is None:
+            raise ValueError(f"{self.grant['consumer']} has no url: its lease is for a program of the holder's own")
         return str(self.grant["url"])
 
     @property
@@ -168,8 +170,12 @@ class Gpu:
         wait_seconds: float | None = None,
         holder: str | None = None,
         request_id: str | None = None,
+        holder_pid: int | None = None,
     ) -> HeldLease:
         """Wait for the GPU; renewing is the caller's business (``lease`` does it by itself).
+
+        ``holder_pid``: ``os.getpid()`` where this program computes on the card itself, so that what it and its children
+        take counts as this lease's. Not in a container, nor from another machine.
 
         A connection that breaks is tried once more under the same ``request_id``, so that no grant is lost.
         Raises: the classes of gpumgr.errors, BrokerUnreachable.
@@ -181,6 +187,7 @@ class Gpu:
             "wait_seconds": wait_seconds,
             "holder": holder,
             "request_id": request_id or str(uuid.uuid4()),
+            "holder_pid": holder_pid,
         }
         body = {name: value for name, value in wanted.items() if value is not None}
         grant = self.call("POST", "/v1/lease", json=body, seconds=LONGEST_ANSWER_SECONDS)

@@ -13,6 +13,7 @@ from flask import Flask
 from gpumgr.adapters.clock import SystemClock
 from gpumgr.adapters.dialects import REGISTERED, dialect_of
 from gpumgr.adapters.games import Games
+from gpumgr.adapters.holders import HolderProbe, HolderProcesses
 from gpumgr.adapters.nvml import NvmlProbe
 from gpumgr.adapters.ownership import Claim, Ownership
 from gpumgr.adapters.patient import PatientProbe
@@ -31,10 +32,11 @@ def build(settings: Settings) -> Flask:
 
 def build_broker(settings: Settings) -> Broker:
     dialects = {name: dialect_of(consumer) for name, consumer in settings.consumers.items()}
-    clock = SystemClock()
+    clock, holders = SystemClock(), HolderProcesses()
+    probe = HolderProbe(build_probe(settings), holders)
     store = SqliteStore(settings.server.state_dir, clock)
     games = None if settings.gpu.yield_to is None else Games(settings.gpu.yield_to)
-    return Broker(settings, build_probe(settings), dialects, clock, store, games=games)
+    return Broker(settings, probe, dialects, clock, store, games=games, holder_processes=holders)
 
 
 def build_probe(settings: Settings) -> Probe:
@@ -68,7 +70,7 @@ def _card_file(settings: Settings) -> Path:
 
 def _local_ports(settings: Settings) -> dict[str, int]:
     """The listening port of each consumer on this machine: a process that listens there is that consumer's."""
-    origins = {name: origin_of(consumer.url) for name, consumer in settings.consumers.items()}
+    origins = {name: origin_of(c.url) for name, c in settings.consumers.items() if c.url is not None}
     return {name: port for name, (_, host, port) in origins.items() if port is not None and _is_here(host)}
 
 

@@ -21,9 +21,10 @@ MAY_IMPORT = {
     "adapters": {"runtime", "core", "config"},
     "web": {"runtime", "core", "errors", "config", "adapters"},
     "client": {"errors"},
+    "run": {"client", "errors"},
     "sim": {"client", "errors"},
     "wiring": {"web", "adapters", "runtime", "core", "errors", "config"},
-    "cli": {"config", "sim", "client", "errors"},
+    "cli": {"config", "sim", "run", "client", "errors"},
 }
 IMPURE = {"threading", "time", "datetime", "logging", "socket", "subprocess", "requests", "flask", "os", "random"}
 

@@ -170,6 +170,49 @@ def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
         ({"consumers.whisper.kind": "stt"}, ["consumers.whisper.kind", "routing: {KIND: CONSUMER}"]),
         ({"consumers.whisper.evict_url": "x"}, ["evict_url", "now written unload: {path: …}"]),
         ({"listen": ":8770"}, ["listen", "server: {bind: …}"]),
+        ({"consumers.comfyui.dialect": "koboldcpp"}, ["consumers.comfyui.dialect", "write preset: koboldcpp"]),
+        ({"consumers.whisper.preset": "kobold"}, ["consumers.whisper.preset", "koboldcpp"]),
+        ({"consumers.comfyui.preset": "a1111"}, ["consumers.comfyui.preset", "dialect: http"]),
+        ({"consumers.whisper.unload.colour": 1}, ["consumers.whisper.unload.colour"]),
+        ({"consumers.whisper.unload": {"for_each": {"path": "/l", "json": "m"}}}, ["unload", "without a path"]),
+        ({"consumers.whisper.unload.for_each": {"path": "/l"}}, ["unload.for_each.json is missing"]),
+        ({"consumers.whisper.load": {"path": "/l", "cuts_work": True}}, ["load.cuts_work belongs to unload"]),
+        ({"consumers.whisper.load": {"path": "/l", "starts_service": True}}, ["starts_service", "dialect command"]),
+        ({"consumers.whisper.unload.command": ["x"]}, ["consumers.whisper.unload.command", "dialect command"]),
+        ({"consumers.whisper.busy": {"command": ["x"]}}, ["consumers.whisper.busy.command", "dialect command"]),
+        ({"consumers.whisper.busy": {"json": "x"}}, ["consumers.whisper.busy.path is missing"]),
+        ({"consumers.whisper.busy": {"path": "/b", "json": "x", "metrics": ["y"]}}, ["json and metrics"]),
+        ({"consumers.whisper.busy": {"path": "/b", "json": "x", "above": 1, "below": 2}}, ["keep one"]),
+        ({"consumers.whisper.busy": {"path": "/b", "metrics": ["y"], "equals": 1}}, ["above or below"]),
+        ({"consumers.whisper.busy": {"path": "/b", "json": "x", "equals": [1]}}, ["busy.equals must be"]),
+        ({"consumers.whisper.scope": "user"}, ["consumers.whisper.scope belongs to dialect systemd"]),
+        ({"consumers.whisper.socket": "/x"}, ["consumers.whisper.socket belongs to dialect docker"]),
+        ({"consumers.whisper.socket": "x"}, ["consumers.whisper.socket", "absolute path"]),
+        ({"consumers.b": {"dialect": "systemd", "vram_resident_mib": 1}}, ["consumers.b.unit is missing"]),
+        ({"consumers.b": {"dialect": "systemd", "vram_resident_mib": 1, "unit": "g.slice"}}, ["unit is missing"]),
+        ({"consumers.b": {"dialect": "docker", "vram_resident_mib": 1}}, ["consumers.b.container is missing"]),
+        (
+            {"consumers.b": {"dialect": "docker", "vram_resident_mib": 1, "container": "c", "load": {"path": "/x"}}},
+            ["consumers.b.load.path needs", "consumers.b.url"],
+        ),
+        (
+            {"consumers.b": {"dialect": "command", "vram_resident_mib": 1, "unload": {"command": "ctl stop"}}},
+            ["consumers.b.unload.command", "list", "no shell"],
+        ),
+        (
+            {"consumers.b": {"dialect": "command", "vram_resident_mib": 1, "unload": {"command": ["./ctl"]}}},
+            ["consumers.b.unload.command", "absolute path"],
+        ),
+        (
+            {"consumers.b": {"dialect": "command", "vram_resident_mib": 1, "load": {"timeout_seconds": 1}}},
+            ["consumers.b.load.command is missing"],
+        ),
+        (
+            {"consumers.b": {"dialect": "command", "vram_resident_mib": 1, "busy": {"command": ["x"], "above": 1}}},
+            ["consumers.b.busy", "exit code"],
+        ),
+        ({"consumers.b": {"dialect": "none", "vram_resident_mib": 1, "url": "http://a"}}, ["dialect none", "remove"]),
+        ({"consumers.b": {"dialect": "none", "vram_resident_mib": 1, "max_concurrency": 2}}, ["must be 1"]),
     ],
 )
 def test_refusals(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
@@ -353,6 +396,19 @@ def test_names_and_origins_are_compared_as_browsers_write_them(tmp_path: Path) -
     server = server_of(tmp_path, changes)
     assert server.allowed_hosts == {"gpu.home.example"}
     assert server.allowed_origins == {("https", "page.example", 443), ("http", "::1", 3000)}
+
+
+def test_a_service_whose_work_an_unload_would_cut_unseen_is_warned_of(tmp_path: Path) -> None:
+    tabby = {"preset": "tabbyapi", "url": "http://127.0.0.1:5000", "vram_resident_mib": 9000}
+    settings = config.load_file(written(tmp_path, {"consumers.tabby": tabby, "routing.llm": "tabby"}))
+    assert settings.consumers["tabby"].dialect == "http"
+    (warning,) = [w for w in settings.warnings if "tabby" in w]
+    assert "no busy report, and its unload cuts what runs" in warning
+
+
+def test_what_stays_of_vllm_is_more_than_of_others(tmp_path: Path) -> None:
+    vllm = {"dialect": "vllm", "url": "http://127.0.0.1:8000", "vram_resident_mib": 9000}
+    assert config.load_file(written(tmp_path, {"consumers.v": vllm})).catalog.consumers["v"].residual_mib == 1536
 
 
 def test_check_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ import re
 import pytest
 
 from gpumgr import config, errors
+from gpumgr.adapters.dialects import REGISTERED
+from gpumgr.config.presets import presets
 from gpumgr.core.queue import WaitingFor
 from gpumgr.web.problems import ROUTES
 from gpumgr.wiring import build
@@ -50,7 +52,8 @@ def test_every_error_has_its_row(code: str) -> None:
         *("auth", "trusted_network", "tokens_file", "allowed_hosts", "allowed_origins", "headers"),
         *("unload", "load", "loaded", "proxy_path", "untracked_peak_seconds", "yield_to", "yield_reserve_mib"),
         *("yield_gpus", "idle_unload_seconds", "restore", "restore_after_seconds", "preload"),
-        *("proxy_free_paths",),
+        *("proxy_free_paths", "preset", "scope", "socket", "command", "metrics"),
+        *("above", "below", "equals", "not_equals", "for_each", "cuts_work", "starts_service"),
     ],
 )
 def test_every_key_is_in_the_reference(key: str) -> None:
@@ -59,8 +62,8 @@ def test_every_key_is_in_the_reference(key: str) -> None:
 
 def test_the_list_above_is_every_key_there_is() -> None:
     source = (ROOT / "gpumgr" / "config" / "load.py").read_text(encoding="utf-8")
-    taken = set(re.findall(r'(?:take|need|_call|_report)\((?:section, )?"(\w+)"', source))
-    of_calls = {"method", "path", "json", "above", "timeout_seconds"}
+    taken = set(re.findall(r'(?:take|need|has|_call|_report)\((?:section, )?"(\w+)"', source))
+    of_calls = {"method", "path", "json", "timeout_seconds"}
     listed = set(test_every_key_is_in_the_reference.pytestmark[0].args[1])  # type: ignore[attr-defined]
     assert taken - of_calls - {"consumers"} == listed
 
@@ -97,3 +100,9 @@ def test_links_of_the_documents_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_dialect_and_preset_has_its_row() -> None:
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    rows = [re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE) for part in page.split("## Presets")]
+    assert [sorted(part) for part in rows] == [sorted(["dialect", *REGISTERED]), sorted(["preset", *presets()])]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpumgr.adapters.clock import SystemClock
+from gpumgr.adapters.holders import HolderProbe, HolderProcesses
 from gpumgr.adapters.simulated import SimulatedProbe
 from gpumgr.config import GpuSettings, LeaseSettings, Rest, SchedulingSettings, ServerSettings, Settings
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
@@ -99,6 +100,7 @@ class Service:
     ask_again_seconds: float | None = 1.0
     can_unload = True
     load_starts_service = False
+    cuts_work = False
 
     def __init__(self, of: Consumer, card: SimulatedCard, port: int, *, can_load: bool, deferred: bool) -> None:
         self.consumer = of
@@ -233,6 +235,14 @@ class LedgerStore:
             rebooted=[kept.lease for kept in rebooted],
             totals=dict(self._totals),
             pause=self.pause,
+            holders=[
+                (lease.process, lease.consumer)
+                for lease in [
+                    *(kept.lease for kept, _ in self._live.values()),
+                    *(k.lease for k, _, _ in self._over.values()),
+                ]
+                if lease.process is not None
+            ],
         )
 
     def note(self, event: dict[str, Any]) -> None:
@@ -395,6 +405,33 @@ class RunningGames:
         return list(self.found)
 
 
+class Programs:
+    """Programs of holders on the simulated card: their starts and parents, as /proc would tell them."""
+
+    def __init__(self, card: SimulatedCard) -> None:
+        self._card = card
+        self._parents: dict[int, int] = {}
+        self._starts: dict[int, int] = {}
+
+    def begin(self, mib: int = 0, *, parent: int = 0) -> int:
+        pid = self._card.start_process("train.py")
+        self._starts[pid], self._parents[pid] = 7000 + pid, parent
+        self._card.set_used(pid, mib)
+        return pid
+
+    def end(self, pid: int) -> None:
+        self._card.end_process(pid)
+        del self._starts[pid]
+
+    def started(self, pid: int) -> int | None:
+        return self._starts.get(pid)
+
+    def ancestors(self, pid: int) -> Iterator[int]:
+        while pid:
+            yield pid
+            pid = self._parents.get(pid, 0)
+
+
 class Stand:
     """Card, services, probe and store: what both worlds have."""
 
@@ -410,6 +447,7 @@ class Stand:
         self.catalog = consumers
         self.clock = clock
         self.card = SimulatedCard([SimulatedGpu(i, mib, f"GPU-{i}") for i, mib in enumerate(totals_mib)])
+        self.programs = Programs(self.card)
         self.services: dict[str, Service] = {}
         ports: dict[int, str] = {}
         for port, of in enumerate(consumers.consumers.values(), 9001):
@@ -481,8 +519,10 @@ class World(Stand):
             self.broker.observe_card()
 
     def _started_broker(self) -> UnthreadedBroker:
-        world = (self.probe, self.dialects, self.clock, self.store, self.pause, self.running)
-        broker = UnthreadedBroker(self._settings, *world)
+        holders = HolderProcesses(self.programs.started, self.programs.ancestors)
+        probe = HolderProbe(self.probe, holders)
+        world = (probe, self.dialects, self.clock, self.store, self.pause)
+        broker = UnthreadedBroker(self._settings, *world, games=self.running, holder_processes=holders)
         broker.looks = {}
         broker._restore()
         for quarantine in list(broker.state.quarantines.values()):

@@ -67,7 +67,7 @@ class Containers:
     that cannot be asked is left alone for a while."""
 
     def __init__(self, engines: Sequence[str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._engines = _engines() if engines is None else tuple(engines)
+        self._engines = engine_sockets() if engines is None else tuple(engines)
         self._clock = clock
         self._names: dict[str, str] = {}
         self._ask_again_at: dict[str, float] = {}
@@ -144,6 +144,7 @@ def _name_from(engine: str, container_id: str) -> str:
     return name.strip("/")
 
 
-def _engines() -> tuple[str, ...]:
+def engine_sockets() -> tuple[str, ...]:
+    """The sockets where a container engine may listen, the likeliest first."""
     host = os.environ.get("DOCKER_HOST", "")
     return (host.removeprefix("unix://"), *ENGINES) if host.startswith("unix://") else ENGINES

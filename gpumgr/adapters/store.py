@@ -10,6 +10,7 @@ one writes that first, so that the file is true again with the first success.
     meta      boot_id, and an operator's hold
     lease     one row for each grant, by its fence, while it is live, in quarantine, or ended less than a day ago; the
               largest fence of all is the row that never goes
+    holder_process  by fence: the process that the holder named; as long as its lease's row
     intent    who is being unloaded for whom
     total     per consumer
     event     the last ones, as status shows them
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from gpumgr.core.lease import EndReason, Lease, LeaseBook, RequestKey
+from gpumgr.core.lease import EndReason, HolderProcess, Lease, LeaseBook, RequestKey
 from gpumgr.runtime.ports import Clock, Kept, KeptLease, Paused, StoreError, Total
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,14 @@ CREATE TABLE event (
     facts TEXT NOT NULL
 );
 """
+
+
+_HOLDER_PROCESS = """
+CREATE TABLE IF NOT EXISTS holder_process (
+    fence INTEGER PRIMARY KEY, pid INTEGER NOT NULL, started INTEGER NOT NULL
+)
+"""
+"""Made where it is missing: an older gpumgr that reads the file does without it."""
 
 
 class Unusable(Exception):
@@ -168,6 +177,7 @@ class SqliteStore:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+            connection.execute(_HOLDER_PROCESS)
             self._make_room(connection)
         except BaseException:
             connection.close()
@@ -191,10 +201,11 @@ class SqliteStore:
         evicting = [name for (names,) in connection.execute("SELECT victims FROM intent") for name in json.loads(names)]
         connection.execute("DELETE FROM intent")
         self._forget_old(connection, today)
+        named = self._holder_processes(connection)
         kept = Kept(
             fence=connection.execute("SELECT coalesce(max(fence), 0) FROM lease").fetchone()[0],
             leases=[
-                self._kept(row, now)
+                self._kept(row, now, named.get(row["fence"], (None, ""))[0])
                 for row in _rows(connection, "SELECT * FROM lease WHERE state = 'live' OR quarantined ORDER BY fence")
             ],
             ended=list(self._ended(connection, now, today)),
@@ -206,6 +217,7 @@ class SqliteStore:
             events=self._shown(connection),
             evicting=list(dict.fromkeys(evicting)),
             pause=self._pause(connection, today),
+            holders=list(named.values()),
         )
         connection.execute("COMMIT")
         return kept
@@ -221,7 +233,17 @@ class SqliteStore:
         connection.execute("UPDATE lease SET quarantined = 0 WHERE boot_id != ?", (self._boot,))
         return rows
 
-    def _kept(self, row: sqlite3.Row, now: float) -> KeptLease:
+    def _holder_processes(self, connection: sqlite3.Connection) -> dict[int, tuple[HolderProcess, str]]:
+        """Of this boot, with the consumers of their leases, by fence."""
+        connection.execute(
+            "DELETE FROM holder_process WHERE fence NOT IN (SELECT fence FROM lease WHERE boot_id = ?)", (self._boot,)
+        )
+        rows = connection.execute(
+            "SELECT fence, pid, started, consumer FROM holder_process JOIN lease USING (fence) ORDER BY fence"
+        )
+        return {fence: (HolderProcess(pid, started), consumer) for fence, pid, started, consumer in rows}
+
+    def _kept(self, row: sqlite3.Row, now: float, process: HolderProcess | None = None) -> KeptLease:
         """Since when it is held is reckoned by CLOCK_BOOTTIME, as somebody may have set the wall clock meanwhile."""
         ago = max(0.0, now + self._clock.slept() - row["granted_boot"])
         lease = Lease(
@@ -238,6 +260,7 @@ class SqliteStore:
             expires_at=now,
             request=_request(row),
             written_ttl_seconds=row["ttl_seconds"],
+            process=process,
         )
         return KeptLease(lease, tuple(json.loads(row["sizes_mib"])), quarantined=bool(row["quarantined"]))
 
@@ -298,6 +321,9 @@ class SqliteStore:
             _Write(f"INSERT INTO lease VALUES ({', '.join('?' * len(values))})", values),  # noqa: S608 - question marks
             *_of_totals(totals),
         ]
+        if lease.process is not None:
+            named = (lease.fence, lease.process.pid, lease.process.started)
+            writes.append(_Write("INSERT OR REPLACE INTO holder_process VALUES (?, ?, ?)", named))
         if lease.seq in self._intended:
             writes.append(self._done(lease.seq))
         undo = _Write("DELETE FROM lease WHERE fence = ?", (lease.fence,))

@@ -61,6 +61,9 @@ class Upstream:
 
 
 def upstream_of(settings: ConsumerSettings) -> Upstream:
+    """Raises: ValueError where it has no address to pass anything on to."""
+    if settings.url is None:
+        raise ValueError(f"{settings.name} has no url")
     parts = urlsplit(settings.url)
     dialect = REGISTERED[settings.dialect]
     proxy_path = settings.proxy_path or dialect.proxy_path_default

@@ -16,10 +16,13 @@ import yaml
 
 from gpumgr.config import access
 from gpumgr.config import values as check
+from gpumgr.config.dialects import DIALECTS, RESIDUAL_MIB, WITHOUT_URL, require_fitting
+from gpumgr.config.presets import over_preset, presets
 from gpumgr.config.settings import (
     Call,
     ConfigError,
     ConsumerSettings,
+    Each,
     GpuSettings,
     LeaseSettings,
     ProxySettings,
@@ -34,9 +37,10 @@ from gpumgr.config.settings import (
 from gpumgr.config.values import Section, StrictLoader
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
 
-DIALECTS = ("comfyui", "ollama", "http")
-RESTORABLE = frozenset({"ollama"})
-"""Dialects that know how to bring back what was unloaded without being told a call."""
+LOADABLE = frozenset({"vllm", "systemd", "docker"})
+"""Dialects with a load call of their own."""
+RESTORABLE = LOADABLE | {"ollama"}
+"""Those that know how to bring back what was unloaded without being told a call."""
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 RESERVED_KINDS = frozenset(
     {"lease", "leases", "status", "explain", "hold", "events", "models", "chat", "completions", "responses"}
@@ -234,9 +238,10 @@ def _require_name(where: str, what: str, name: str) -> None:
 
 def _consumer(name: str, consumers: Section, environ: Mapping[str, str]) -> tuple[Consumer, ConsumerSettings]:
     _require_name("consumers", "consumer's name", name)
-    section = consumers.section(name)
-    dialect = section.need("dialect", check.one_of(*DIALECTS), f"write one of {', '.join(DIALECTS)}")
-    url = section.need("url", check.url, "write its address, such as http://127.0.0.1:8188")
+    section = consumers.section(name, over_preset)
+    preset = section.take("preset", check.text, "") or None
+    dialect = section.need("dialect", _dialect, f"write one of {', '.join(DIALECTS)}, or a preset")
+    url = _url(section, dialect)
     default_gpus: tuple[GpuRef, ...] = (0,)
     gpus = section.take("gpus", check.gpu_refs, default_gpus)
     no_texts: tuple[str, ...] = ()
@@ -245,6 +250,7 @@ def _consumer(name: str, consumers: Section, environ: Mapping[str, str]) -> tupl
         name=name,
         dialect=dialect,
         url=url,
+        preset=preset,
         health=_call(section, "health", default_timeout=None) or Call(),
         unload=_call(section, "unload", default_timeout=None) or Call(),
         load=_call(section, "load", default_timeout=None),
@@ -258,21 +264,23 @@ def _consumer(name: str, consumers: Section, environ: Mapping[str, str]) -> tupl
         container=section.take("container", check.container, "") or None,
         on_expiry=section.take("on_expiry", check.one_of("interrupt", "wait"), "interrupt"),
         rest=_rest(section),
+        scope=section.take("scope", check.one_of("system", "user"), "system"),
+        socket=section.take("socket", check.absolute_path, "") or None,
     )
     consumer = Consumer(
         name=name,
         url=url,
-        public_url=section.take("public_url", check.url, url),
+        public_url=section.take("public_url", check.url, "") or url,
         dialect=dialect,
         gpus=gpus,
         vram_resident_mib=_sizes(section, gpus),
-        residual_mib=section.take("residual_mib", check.whole(0), 768),
+        residual_mib=section.take("residual_mib", check.whole(0), RESIDUAL_MIB.get(dialect, 768)),
         can_coexist_with=frozenset(section.take("can_coexist_with", check.texts, no_texts)),
         max_concurrency=section.take("max_concurrency", check.whole(1), 1),
         unload_timeout_seconds=settings.unload.timeout_seconds or 30,
     )
     section.done()
-    _require_whole_calls(settings)
+    require_fitting(settings, consumer)
     return consumer, settings
 
 
@@ -289,13 +297,26 @@ def _rest(section: Section) -> Rest:
 def _require_ways_back(settings: Mapping[str, ConsumerSettings]) -> None:
     """What cannot be loaded by a call cannot be brought back."""
     for name, consumer in settings.items():
+        preloads = consumer.rest.preload and consumer.dialect not in LOADABLE
         restores = consumer.rest.restore and consumer.dialect not in RESTORABLE
-        for key, wanted in (("preload", consumer.rest.preload), ("restore", restores)):
+        for key, wanted in (("preload", preloads), ("restore", restores)):
             if wanted and consumer.load is None:
                 raise ConfigError(
                     f"consumers.{name}.{key} needs a load call: write load: {{path: …, json: …}}, the request that "
                     "loads it"
                 )
+
+
+def _dialect(where: str, value: Any) -> str:
+    if isinstance(value, str) and value in presets():
+        raise ConfigError(f"{where} must be one of {', '.join(DIALECTS)}; {value} is a preset: write preset: {value}")
+    return check.one_of(*DIALECTS)(where, value)
+
+
+def _url(section: Section, dialect: str) -> str | None:
+    if dialect in WITHOUT_URL:
+        return section.take("url", check.url, "") or None
+    return section.need("url", check.url, "write its address, such as http://127.0.0.1:8188")
 
 
 def _sizes(section: Section, gpus: tuple[GpuRef, ...]) -> tuple[int, ...]:
@@ -309,6 +330,14 @@ def _sizes(section: Section, gpus: tuple[GpuRef, ...]) -> tuple[int, ...]:
         return tuple(check.whole(0)(f"{where}[{i}]", item) for i, item in enumerate(value))
 
     return section.need("vram_resident_mib", sizes, "write how many MiB it holds when it is loaded")
+
+
+CONDITIONS = ("above", "below", "equals", "not_equals")
+NO_COMMAND: tuple[str, ...] = ()
+
+
+def _maybe_number(where: str, value: Any) -> float | None:
+    return check.number(where, value)
 
 
 def _method(where: str, value: Any) -> str:
@@ -329,9 +358,26 @@ def _call(parent: Section, key: str, default_timeout: float | None) -> Call | No
         path=section.take("path", check.url_path, "") or None,
         json=section.take("json", _any, None),
         timeout_seconds=section.take("timeout_seconds", check.seconds, default_timeout or 0) or None,
+        command=section.take("command", check.command, NO_COMMAND),
+        for_each=_each(section),
+        cuts_work=section.take("cuts_work", access.truth, False),
+        starts_service=section.take("starts_service", access.truth, False),
     )
     section.done()
     return call
+
+
+def _each(parent: Section) -> Each | None:
+    if not parent.has("for_each"):
+        parent.section("for_each")
+        return None
+    section = parent.section("for_each")
+    each = Each(
+        path=section.need("path", check.url_path, "write the path that answers with the list"),
+        json=section.need("json", check.text, "write where the list is in the answer, such as models.*.id"),
+    )
+    section.done()
+    return each
 
 
 def _report(parent: Section, key: str) -> Report | None:
@@ -339,28 +385,21 @@ def _report(parent: Section, key: str) -> Report | None:
         parent.section(key)
         return None
     section = parent.section(key)
+    if sum(section.has(condition) for condition in CONDITIONS) > 1:
+        raise ConfigError(f"{section.where} has more than one of {', '.join(CONDITIONS)}: keep one")
     report = Report(
-        path=section.need("path", check.url_path, "write the path to ask"),
-        json=section.need("json", check.text, "write which field of the answer tells it, such as running"),
+        path=section.take("path", check.url_path, "") or None,
+        json=section.take("json", check.text, "") or None,
         above=section.take("above", check.number, 0.0),
         timeout_seconds=section.take("timeout_seconds", check.seconds, 2.0),
+        below=section.take("below", _maybe_number, None),
+        equals=section.take("equals", check.plain, None),
+        not_equals=section.take("not_equals", check.plain, None),
+        metrics=section.take("metrics", check.texts, NO_COMMAND),
+        command=section.take("command", check.command, NO_COMMAND),
     )
     section.done()
     return report
-
-
-def _require_whole_calls(settings: ConsumerSettings) -> None:
-    """A call without a path would be ignored: only a dialect that has its own path may do without."""
-    where = f"consumers.{settings.name}"
-    for key, call in (("health", settings.health), ("unload", settings.unload), ("load", settings.load)):
-        if call is None or call.path is not None:
-            continue
-        if call.method is not None or call.json is not None:
-            raise ConfigError(f"{where}.{key} has a method or json without a path: write its path")
-        if key == "load" or (key == "unload" and settings.dialect == "http" and call.timeout_seconds is not None):
-            raise ConfigError(f"{where}.{key}.path is missing: write the path to call")
-    if settings.health.method not in (None, "GET") or settings.health.json is not None:
-        raise ConfigError(f"{where}.health is asked with GET and no body: remove method and json")
 
 
 def _require_known_neighbours(catalog: Catalog) -> None:
@@ -386,6 +425,8 @@ def _require_mutual(catalog: Catalog) -> None:
 def _require_own_origins(settings: Iterable[ConsumerSettings]) -> None:
     owners: dict[tuple[str, str, int | None], str] = {}
     for consumer in settings:
+        if consumer.url is None:
+            continue
         origin = origin_of(consumer.url)
         if origin in owners:
             raise ConfigError(
@@ -409,10 +450,17 @@ def _require_own_cgroups(settings: Iterable[ConsumerSettings]) -> None:
 
 def _warnings(catalog: Catalog, settings: Mapping[str, ConsumerSettings]) -> Iterable[str]:
     for name, consumer in settings.items():
-        if consumer.dialect == "http" and consumer.unload.path is None:
+        unload = consumer.unload
+        if consumer.dialect in ("http", "command") and unload.path is None and not unload.command:
+            what = "path" if consumer.dialect == "http" else "command"
             yield (
                 f"consumers.{name} has no unload call: once on the card it stays, and whoever may not coexist with it "
-                "is refused. Write unload: {path: …} if the service has one"
+                f"is refused. Write unload: {{{what}: …}} if the service has one"
+            )
+        if unload.cuts_work and consumer.busy is None:
+            yield (
+                f"consumers.{name} has no busy report, and its unload cuts what runs: let its clients come through "
+                "gpumgr only, whose calls and leases are never cut"
             )
         size, residual = min(catalog.consumers[name].vram_resident_mib), catalog.consumers[name].residual_mib
         if 0 < size <= residual:

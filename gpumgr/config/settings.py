@@ -88,22 +88,45 @@ class ProxySettings:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP call to a consumer. None: the dialect's own."""
+    """One call to a consumer. None: the dialect's own."""
 
     method: str | None = None
     path: str | None = None
     json: Any = None
     timeout_seconds: float | None = None
+    command: tuple[str, ...] = ()
+    """Run instead of the HTTP call, by the dialect ``command``."""
+    for_each: Each | None = None
+    """Called once for each item of a list, which stands for ``{item}`` in ``path`` and ``json``."""
+    cuts_work: bool = False
+    """It breaks what runs: while the consumer is busy it is not called a second time."""
+    starts_service: bool = False
+    """A load without which nobody serves: health is asked only after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Each:
+    """A GET whose JSON answer holds a list of texts or numbers at the dotted path ``json``."""
+
+    path: str
+    json: str
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A GET whose JSON answer holds a number or a truth at the dotted path ``json``; true above ``above``."""
+    """A GET whose JSON answer holds a value at the dotted path ``json``, or whose text holds ``metrics`` (Prometheus),
+    which are added up. True above ``above``, unless one of the other conditions is given: ``below``, ``equals``,
+    ``not_equals``. Or a ``command``, which exits 0 for yes and 1 for no."""
 
-    path: str
-    json: str
+    path: str | None = None
+    json: str | None = None
     above: float = 0
     timeout_seconds: float = 2
+    below: float | None = None
+    equals: str | float | bool | None = None
+    not_equals: str | float | bool | None = None
+    metrics: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +145,8 @@ class ConsumerSettings:
 
     name: str
     dialect: str
-    url: str
+    url: str | None
+    """None: nobody listens there for gpumgr."""
     health: Call = Call()
     unload: Call = Call()
     load: Call | None = None
@@ -138,6 +162,11 @@ class ConsumerSettings:
     container: str | None = None
     on_expiry: str = "interrupt"
     rest: Rest = Rest()
+    preset: str | None = None
+    scope: str = "system"
+    """Whose systemd the unit belongs to: the machine's, or ``user``: that of gpumgr's own user."""
+    socket: str | None = None
+    """The container engine's; None: the first there is."""
 
 
 @dataclass(frozen=True)

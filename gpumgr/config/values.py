@@ -87,9 +87,10 @@ class Section:
             raise ConfigError(f"{self.path(key)} is missing: {remedy}")
         return check(self.path(key), self._left.pop(key))
 
-    def section(self, key: str) -> Section:
+    def section(self, key: str, completed: Callable[[str, object], object] = lambda _where, value: value) -> Section:
+        """``completed``: what stands for its value instead."""
         self._known.append(key)
-        value = self._left.pop(key, None)
+        value = completed(self.path(key), self._left.pop(key, None))
         return Section(self.path(key), {} if value is None else value)
 
     def done(self) -> None:
@@ -166,6 +167,36 @@ def texts(where: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise ConfigError(f"{where} must be a list of texts such as [one, two], not {shown(value)}")
     return tuple(text(f"{where}[{i}]", item) for i, item in enumerate(value))
+
+
+def plain(where: str, value: Any) -> str | float | bool | None:
+    """What a JSON answer's value can be compared with."""
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float):
+        return number(where, value)
+    raise ConfigError(f"{where} must be a text, a number, true or false, not {shown(value)}")
+
+
+def command(where: str, value: Any) -> tuple[str, ...]:
+    """A list of arguments: no shell reads it."""
+    if not isinstance(value, list) or not value or not all(isinstance(word, str) for word in value):
+        raise ConfigError(
+            f"{where} must be a list of the program and its arguments, each a text, such as [systemctl, stop, voice]: "
+            f"no shell reads it; not {shown(value)}"
+        )
+    if not value[0] or ("/" in value[0] and not value[0].startswith("/")):
+        raise ConfigError(f"{where} must begin with a program on PATH or an absolute path, not {shown(value[0])}")
+    if any("\0" in word for word in value):
+        raise ConfigError(f"{where} holds a zero byte: remove it")
+    return tuple(value)
+
+
+def absolute_path(where: str, value: Any) -> str:
+    written = text(where, value).removeprefix("unix://")
+    if not written.startswith("/"):
+        raise ConfigError(f"{where} must be an absolute path such as /run/podman/podman.sock, not {shown(value)}")
+    return written
 
 
 def gpu_refs(where: str, value: Any) -> tuple[GpuRef, ...]:

@@ -25,6 +25,8 @@ class GpuProcess:
     name: str
     used_mib: int | None
     consumer: str | None
+    holder_pid: int | None = None
+    """The process that a holder named, of which this is one: itself, or a descendant."""
 
 
 @dataclass(frozen=True, slots=True)

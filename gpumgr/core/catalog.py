@@ -12,6 +12,9 @@ from dataclasses import dataclass, field, replace
 from gpumgr.core.card import Reading
 from gpumgr.errors import ConsumerUnknown, KindUnknown
 
+NO_BACKEND = "none"
+"""The dialect of a consumer that is nothing but its holders' own programs."""
+
 GpuRef = int | str
 """An NVML index, or a UUID that no reading has resolved to an index yet."""
 
@@ -21,8 +24,9 @@ class Consumer:
     """A configured service that uses the GPU. ``vram_resident_mib`` holds one number for each of ``gpus``."""
 
     name: str
-    url: str
-    public_url: str
+    url: str | None
+    public_url: str | None
+    """None: it has no address. Its leases are for a program of the holder's own."""
     dialect: str
     gpus: tuple[GpuRef, ...] = (0,)
     vram_resident_mib: tuple[int, ...] = (0,)
@@ -39,6 +43,11 @@ class Consumer:
             if ref == gpu:
                 return mib
         return 0
+
+    @property
+    def has_backend(self) -> bool:
+        """Whether anybody else than its holders computes for it: else what is on the card is a holder's own."""
+        return self.dialect != NO_BACKEND
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,9 @@ class Catalog:
         """With a consumer also on GPUs that a lease of it was granted, whatever the configuration says by now."""
         known = self.consumers.get(name)
         if known is None:
-            known = Consumer(name=name, url="", public_url="", dialect="", gpus=(), vram_resident_mib=(), retired=True)
+            known = Consumer(
+                name=name, url=None, public_url=None, dialect="", gpus=(), vram_resident_mib=(), retired=True
+            )
         more = [(gpu, mib) for gpu, mib in zip(gpus, sizes_mib, strict=True) if gpu not in known.gpus]
         kept = replace(
             known,

@@ -46,6 +46,14 @@ class RequestKey:
 
 
 @dataclass(frozen=True, slots=True)
+class HolderProcess:
+    """The holder's own process, by pid and start (clock ticks since boot), which no later process shares."""
+
+    pid: int
+    started: int
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """A grant of a consumer's GPUs to one holder. ``seq`` is its hold in the queue. The token is a capability
     and stays out of ``repr``, so that no log line shows it."""
@@ -66,6 +74,8 @@ class Lease:
     """``lease.max_hold_seconds`` after the grant: from then on a renew does not extend it."""
     written_ttl_seconds: float = 0.0
     """What a restart would give it."""
+    process: HolderProcess | None = None
+    """Whose memory is the lease's too, beside its consumer's own."""
 
     def alive(self, now: float) -> bool:
         return now < self.expires_at

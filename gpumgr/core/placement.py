@@ -88,6 +88,8 @@ class Victim:
     """Whether it has an unload call at all."""
     proved: bool = True
     """By the card, and not by its own word."""
+    cause: str = ""
+    """What its last unload call failed with."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class View:
     may_unload: bool = True
     tried: Sequence[Victim] = ()
     last_used: Mapping[str, float] = field(default_factory=dict)
+    lingering_mib: Mapping[GpuRef, int] = field(default_factory=dict)
+    """What is counted as the target's and is not: processes that its earlier holders named and left on the card."""
     outside: Outside = field(default_factory=Outside)
     now: float = 0.0
     """Monotonic."""
@@ -228,6 +232,8 @@ def _before_refusing(target: Consumer, view: View) -> Unload | Wait | None:
     """8: the target's own memory may be bloated or in pieces; once is enough."""
     if view.target_in_use or shortfall_mib(target, view) <= 0 or not view.may_unload:
         return None
+    if any(view.lingering_mib.values()):
+        return None  # what would fall is not the target's to give back
     if any(victim.consumer == target.name for victim in view.tried) or not view.resident(target):
         return None
     if target.name in view.busy:
@@ -237,7 +243,8 @@ def _before_refusing(target: Consumer, view: View) -> Unload | Wait | None:
 
 def _users(target: Consumer, view: View) -> tuple[str, ...]:
     """Those in use beside the target on its GPUs."""
-    return tuple(other.name for other in _others(target, view) if other.name in view.in_use)
+    others = tuple(other.name for other in _others(target, view) if other.name in view.in_use)
+    return (*others, target.name) if any(view.lingering_mib.values()) else others
 
 
 def _others(target: Consumer, view: View) -> list[Consumer]:
@@ -324,7 +331,8 @@ def promised_mib(consumer: Consumer, gpu: GpuRef, held: Holding) -> int:
 
 def need_mib(target: Consumer, view: View, gpu: GpuRef) -> int:
     """What the target would still take on this GPU."""
-    return max(0, target.needs_mib(gpu) - view.held(target.name, gpu).held_mib)
+    own_mib = view.held(target.name, gpu).held_mib - view.lingering_mib.get(gpu, 0)
+    return max(0, target.needs_mib(gpu) - max(0, own_mib))
 
 
 def _gpu(view: View, gpu: GpuRef) -> GpuReading:
@@ -360,7 +368,8 @@ def would_fit_later(target: Consumer, view: View) -> bool:
 
 def _freed_by_holders(target: Consumer, view: View, gpu: GpuRef) -> int:
     users = [c for c in view.catalog.on_gpu(gpu) if c.name in view.in_use and c.name != target.name]
-    return sum(view.held(c.name, gpu).held_mib for c in users) + view.promised_mib.get(gpu, 0)
+    held_mib = sum(view.held(c.name, gpu).held_mib for c in users) + view.lingering_mib.get(gpu, 0)
+    return held_mib + view.promised_mib.get(gpu, 0)
 
 
 # -- refusals -----------------------------------------------------------------------------------------------
@@ -469,6 +478,7 @@ def eviction_failed(target: Consumer, view: View, kept: Sequence[Victim]) -> Evi
                 "still_held_mib": v.still_held_mib,
                 "reason": v.reason,
             }
+            | ({"cause": v.cause} if v.cause else {})
             for v in kept
         ],
         evicted=_evicted(view),
@@ -484,7 +494,8 @@ def _kept_words(victim: Victim) -> str:
         "hung": "did not answer its unload and holds",
         "unreachable": "could not be reached for its unload and holds",
     }
-    return f"{words[victim.reason or 'kept']} {victim.still_held_mib} of {victim.held_mib} MiB"
+    cause = f" ({victim.cause})" if victim.cause else ""
+    return f"{words[victim.reason or 'kept']} {victim.still_held_mib} of {victim.held_mib} MiB{cause}"
 
 
 def _evicted(view: View) -> list[str]:

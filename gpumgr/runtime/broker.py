@@ -21,16 +21,35 @@ from typing import Any
 from gpumgr import __version__
 from gpumgr.config import Settings
 from gpumgr.core.catalog import Consumer
-from gpumgr.core.lease import Call, EndReason, Lease, Renewed, RequestKey, require_same
+from gpumgr.core.lease import Call, EndReason, HolderProcess, Lease, Renewed, RequestKey, require_same
 from gpumgr.core.outside import Outside
 from gpumgr.core.placement import impossible, insufficient, keeps_out
 from gpumgr.core.queue import Fifo, Phase
-from gpumgr.errors import GpumgrError, InternalError, LeaseMismatch, LeaseUnknown, Refused, RequestEnded, ShuttingDown
+from gpumgr.errors import (
+    GpumgrError,
+    InternalError,
+    InvalidRequest,
+    LeaseMismatch,
+    LeaseUnknown,
+    Refused,
+    RequestEnded,
+    ShuttingDown,
+)
 from gpumgr.runtime.evictor import Evictor
 from gpumgr.runtime.following import Follower
 from gpumgr.runtime.housekeeping import Housekeeping
 from gpumgr.runtime.outsiders import Outsiders
-from gpumgr.runtime.ports import BackendError, Clock, Dialect, GameWatch, Probe, Store, StoreError
+from gpumgr.runtime.ports import (
+    BackendError,
+    Clock,
+    Dialect,
+    GameWatch,
+    HolderProcesses,
+    Kept,
+    Probe,
+    Store,
+    StoreError,
+)
 from gpumgr.runtime.preparation import Preparation, World, ask_busy, store_failed, store_unavailable
 from gpumgr.runtime.quarantine import Watchman
 from gpumgr.runtime.refusals import prepare_timeout, scheduler_timeout
@@ -72,8 +91,11 @@ class Broker:
         clock: Clock,
         store: Store,
         pause: Callable[[float], None] = time.sleep,
+        *,
         games: GameWatch | None = None,
+        holder_processes: HolderProcesses | None = None,
     ) -> None:
+        """``holder_processes`` None: no holder may name its process."""
         self.settings = settings
         self.clock = clock
         self.store = store
@@ -100,7 +122,8 @@ class Broker:
         self._probe = probe
         self._dialects = dialects
         evictor = Evictor(probe, dialects, clock, pause)
-        self._world = World(probe, dialects, evictor, store, clock)
+        self._holder_processes = holder_processes or _NoProcesses()
+        self._world = World(probe, dialects, evictor, store, clock, self._holder_processes)
         self._pause = pause
         self._watchman = Watchman(self.state, dialects, clock, settings.lease.quarantine_seconds)
         self._keeper = Rounds("keep-store", self.keep_store)
@@ -219,16 +242,23 @@ class Broker:
         except StoreError as error:
             store_failed(self.state, error)
             return
-        with self.state.lock:
-            self.state.restore(kept)
-            if kept.pause is not None:
-                self.outsiders.restore(kept.pause)
-            live = len(self.state.leases)
+        self._take_up(kept)
+        live = len(self.state.leases)
         log.info("restored leases=%s fence=%s rebooted=%s", live, kept.fence, len(kept.rebooted))
         for name in kept.evicting:
             log.warning(
                 "it was being unloaded when the last process ended; what came of it the card tells consumer=%s", name
             )
+
+    def _take_up(self, kept: Kept) -> None:
+        with self.state.lock:
+            self.state.restore(kept)
+            if kept.pause is not None and self.state.outside.pause is None:
+                self.outsiders.restore(kept.pause)
+            known = set(self.state.catalog.consumers)
+        for process, consumer in kept.holders:
+            if consumer in known:
+                self._holder_processes.follow(process, consumer)
 
     def _note_down(self, event: dict[str, Any]) -> None:
         self.store.note(event)
@@ -259,11 +289,7 @@ class Broker:
             if self.state.restored:
                 self.store.try_again()
             else:
-                kept = self.store.open()
-                with self.state.lock:
-                    self.state.restore(kept)
-                    if kept.pause is not None and self.state.outside.pause is None:
-                        self.outsiders.restore(kept.pause)
+                self._take_up(self.store.open())
                 for quarantine in list(self.state.quarantines.values()):
                     self._begin_quarantine(quarantine)
         except StoreError as error:
@@ -291,6 +317,7 @@ class Broker:
 
     def _granted(self, ask: Ask, caller: Caller, *, proxied: bool) -> Lease | Call:
         self.tick()
+        process = self._named_process(ask.holder_pid)
         here = ask.request is None or caller.here()
         with self.state.lock:
             now = self.clock.monotonic()
@@ -306,6 +333,7 @@ class Broker:
             deadline = now + self._wait_seconds(ask)
             ticket = self._ticket(ask, consumer, now, deadline, proxied=proxied)
             begins = not ticket.callers and ticket.preparing
+            ticket.process = ticket.process or process
             ticket.callers.append(caller)  # in the same breath: whoever joins must not be its only one
             caller.ticket = ticket
             passes = self._lets_pass and self.state.queue.is_waiting(ticket.entry)
@@ -326,6 +354,19 @@ class Broker:
         if not Preparation(self.state, self._world, ticket).at_once():
             with self.state.lock:
                 self.state.hand_over(ticket)
+
+    def _named_process(self, pid: int | None) -> HolderProcess | None:
+        """Raises: InvalidRequest where there is no such process."""
+        if pid is None:
+            return None
+        started = self._holder_processes.started(pid)
+        if started is None:
+            raise InvalidRequest(
+                f"holder_pid {pid} is no process of this machine that a holder can be. In a container, or on another "
+                "machine, leave holder_pid out: what the process takes is then untracked",
+                field="holder_pid",
+            )
+        return HolderProcess(pid, started)
 
     def _require_restored(self) -> None:
         """Whatever is unknown now may be in the store that cannot be read. Raises: StoreUnavailable."""
@@ -669,10 +710,18 @@ class Broker:
             self.state.ending.discard(lease.token)
             self.state.ended.notify_all()
         self.state.events.append(event)
+        self._hand_over_process(lease)
         look = self._quarantined(lease) if quarantined else self._left(lease)
         if look and not self._looks_at_tails:
             self._servers.nudge()
         log.info("%s consumer=%s %s", event["type"], lease.consumer, " ".join(f"{k}={v}" for k, v in facts.items()))
+
+    def _hand_over_process(self, lease: Lease) -> None:
+        """One program may hold several leases: what it keeps is that one's which goes on."""
+        with self.state.lock:
+            going_on = [other.consumer for other in self.state.leases if other.process == lease.process]
+        if lease.process is not None and going_on:
+            self._holder_processes.follow(lease.process, going_on[-1])
 
     def _left(self, lease: Lease) -> bool:
         """Whether its consumer may have a tail."""
@@ -804,16 +853,19 @@ class Broker:
         return self.follower.due_in(TAIL_EACH_SECONDS / 2 if working else HEALTH_IN_USE_EACH_SECONDS / 2)
 
     def _look_at_health(self, name: str, dialect: Dialect) -> None:
-        error = None
+        error, stopped = None, False
         try:
             dialect.health()
         except BackendError as failure:
-            error = str(failure)
+            error, stopped = str(failure), failure.stopped
         except Exception:  # a defect of one dialect must not hide the health of the others
             log.exception("health failed consumer=%s", name)
             error = "gpumgr failed to ask; its log has the traceback"
         with self.state.lock:
-            self.state.note_health(name, error)
+            if stopped and not self.state.queue.holds_of(name):
+                self.state.note_stopped(name)
+            else:
+                self.state.note_health(name, error)
 
     def _look_at_work(self, name: str, dialect: Dialect) -> None:
         try:
@@ -836,6 +888,16 @@ class Broker:
         each = TAIL_EACH_SECONDS if remembered.tail or remembered.busy else at_most_seconds
         instants = [at for at in (remembered.busy_asked, remembered.last_used) if at is not None]
         return not instants or self.clock.monotonic() - max(instants) >= each
+
+
+class _NoProcesses:
+    """Where nobody can tell processes."""
+
+    def started(self, pid: int) -> int | None:  # noqa: ARG002
+        return None
+
+    def follow(self, process: HolderProcess, consumer: str) -> None:
+        pass
 
 
 def _hung_up() -> RequestEnded:

@@ -62,6 +62,7 @@ class _Unload:
     said_at: float | None = None
     proved: bool = True
     asked_at: float = 0.0
+    asks: int = 0
     calling: bool = False
     answered: bool = False
     error: BackendError | None = None
@@ -207,17 +208,23 @@ class Evictor:
     def _ask(self, unload: _Unload, now: float) -> None:
         if not unload.dialect.can_unload:
             return
+        again = unload.asks > 0
         unload.asked_at = now
+        unload.asks += 1
         unload.calling = True
         name = f"unload-{unload.consumer.name}"
         try:
-            threading.Thread(target=self._call, args=(unload, unload.limit - now), name=name, daemon=True).start()
+            arguments = (unload, unload.limit - now, again and unload.dialect.cuts_work)
+            threading.Thread(target=self._call, args=arguments, name=name, daemon=True).start()
         except RuntimeError as error:  # no thread to be had: tried again like any call that failed
             unload.calling = False
             unload.error = BackendError("failed", f"its unload could not be called: {error}")
 
-    def _call(self, unload: _Unload, within_seconds: float) -> None:
+    def _call(self, unload: _Unload, within_seconds: float, only_idle: bool) -> None:
+        """``only_idle``: whoever was idle at the first call may compute by now, and this one would cut that."""
         try:
+            if only_idle and _computes(unload.dialect):
+                raise BackendError("failed", "it computes: it was not asked again")
             unload.dialect.unload(within_seconds)
         except BackendError as error:
             unload.error = error
@@ -310,7 +317,14 @@ class Evictor:
             reason=None if unload.done_at is not None else self._why(unload),
             asked=unload.dialect.can_unload,
             proved=unload.proved,
+            cause=self._cause(unload),
         )
+
+    @staticmethod
+    def _cause(unload: _Unload) -> str:
+        """Only what is not in the reason already."""
+        said = unload.error is not None and unload.error.reason == "failed" and unload.done_at is None
+        return str(unload.error) if said else ""
 
     def _why(self, unload: _Unload) -> KeptReason:
         reason = unload.error.reason if unload.error is not None else None
@@ -322,6 +336,14 @@ class Evictor:
             return "busy" if unload.dialect.busy() else "kept"
         except BackendError:
             return "kept"
+
+
+def _computes(dialect: Dialect) -> bool:
+    """A report that fails tells nothing, and it was asked to unload already."""
+    try:
+        return dialect.busy() is True
+    except BackendError:
+        return False
 
 
 def _free(consumer: Consumer, reading: Reading) -> dict[GpuRef, int]:

@@ -101,7 +101,10 @@ class Housekeeping:
             name=name,
             gpus=consumer.gpus,
             resident=remembered.resident_since is not None,
-            free=self._dialects[name].can_unload and name not in in_use and not state.queue.is_unloading(name),
+            free=self._dialects[name].can_unload
+            and name not in in_use
+            and not state.queue.is_unloading(name)
+            and not state.lingerers(name),
             idle_since=max(used, default=float("-inf")),
             waited_for=any(entry.consumer == name for entry in state.queue.waiting()),
             intrudes=tuple(sorted({lease.consumer for lease in state.leases if name in state.intruders_of(lease)})),

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from gpumgr.core.card import Reading
 from gpumgr.core.following import Work
-from gpumgr.core.lease import EndReason, Lease, RequestKey
+from gpumgr.core.lease import EndReason, HolderProcess, Lease, RequestKey
 from gpumgr.core.placement import Report
 
 
@@ -53,12 +53,14 @@ class BackendError(Exception):
 
     ``reason``: ``unreachable`` (no connection), ``hung`` (no answer in time), ``failed`` (an answer that says no).
     ``refused``: the machine itself says that nobody listens there, so that nobody can hold anything.
+    ``stopped``: its service does not run, as an unload leaves it where loading starts it: nothing is wrong.
     """
 
-    def __init__(self, reason: BackendReason, message: str, *, refused: bool = False) -> None:
+    def __init__(self, reason: BackendReason, message: str, *, refused: bool = False, stopped: bool = False) -> None:
         super().__init__(message)
         self.reason = reason
         self.refused = refused
+        self.stopped = stopped
 
 
 class Dialect(Protocol):
@@ -77,6 +79,10 @@ class Dialect(Protocol):
     @property
     def load_starts_service(self) -> bool:
         """Health is only asked after the load."""
+
+    @property
+    def cuts_work(self) -> bool:
+        """Its unload breaks what runs: while it says that it is busy it is not called again."""
 
     def health(self) -> None:
         """Return if it serves."""
@@ -113,6 +119,17 @@ class Dialect(Protocol):
 
     def is_done(self, work: Work) -> bool | None:
         """Whether it has ended, in whatever way; None: it neither runs nor waits, and nothing is known of its end."""
+
+
+class HolderProcesses(Protocol):
+    """The processes that holders name as theirs; a probe asks this one whose the memory of each process is."""
+
+    def started(self, pid: int) -> int | None:
+        """When the process started, in clock ticks since boot: with its pid it names one process. None: there is no
+        such process on this machine, or none that a holder may name."""
+
+    def follow(self, process: HolderProcess, consumer: str) -> None:
+        """From now on its memory, and that of its descendants, is the consumer's, until each of them ends."""
 
 
 class StoreError(Exception):
@@ -164,6 +181,8 @@ class Kept:
     """An operator keeps the card free."""
     evicting: Sequence[str] = ()
     """Consumers that were being unloaded when the process ended: nobody knows what came of it."""
+    holders: Sequence[tuple[HolderProcess, str]] = ()
+    """Processes that holders named, the oldest first, and the consumers of their leases, which may be over."""
 
 
 class Store(Protocol):

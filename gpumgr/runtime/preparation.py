@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from gpumgr.core.card import Reading
+from gpumgr.core.card import GpuProcess, Reading
 from gpumgr.core.lease import Call, Lease
 from gpumgr.core.placement import (
     Decision,
@@ -48,7 +48,7 @@ from gpumgr.core.placement import (
 from gpumgr.core.queue import Phase, WaitingFor
 from gpumgr.errors import ConsumerUnhealthy, GpumgrError, InsufficientVram, InternalError, StoreUnavailable
 from gpumgr.runtime.evictor import Evictor
-from gpumgr.runtime.ports import BackendError, Clock, Dialect, KeptLease, Probe, Store, StoreError
+from gpumgr.runtime.ports import BackendError, Clock, Dialect, HolderProcesses, KeptLease, Probe, Store, StoreError
 from gpumgr.runtime.refusals import scheduler_timeout
 from gpumgr.runtime.state import State
 from gpumgr.runtime.ticket import Ticket
@@ -84,6 +84,7 @@ class World:
     evictor: Evictor
     store: Store
     clock: Clock
+    holder_processes: HolderProcesses
 
 
 class Preparation:
@@ -98,6 +99,10 @@ class Preparation:
         self._settled = False
         self._loaded = False
         self._load_called = False
+        self._serves = False
+        """Its service runs although nobody loaded it for this ticket: its health is asked after all."""
+        self._says_unloaded = False
+        """Its own word at the last look: a server that sleeps keeps memory, and must be woken."""
         self._asks: set[str] = set()
         """Victims that must say whether they are busy, each time until this preparation unloads somebody."""
         self._said: dict[str, bool] = {}
@@ -179,6 +184,7 @@ class Preparation:
             and state.restored
             and state.may_unload
             and self._is_healthy()
+            and not self._dialect.can_load  # it must be asked whether it is loaded
             and not state.reading.problems(self._target.gpus)
             and not state.suspects(self._target)
         )
@@ -207,7 +213,8 @@ class Preparation:
                 require_store(self._state)
             unreadable = bool(self._state.reading.problems(self._target.gpus))
         believing = self._ticket.proxied or self._state.believes
-        if (believing or not unreadable) and (self._load_called or not self._dialect.load_starts_service):
+        runs = self._load_called or self._serves or not self._dialect.load_starts_service
+        if (believing or not unreadable) and runs:
             self._require_health()
         ends, reading, reports = self._look()
         if unreadable and not reading.problems(self._target.gpus):
@@ -248,6 +255,8 @@ class Preparation:
             decision = Refuse(insufficient(self._target, view))  # nobody makes room for whom nobody asked
         if isinstance(decision, Unload) and not self._asked(decision.consumers):
             return None
+        if isinstance(decision, Grant) and self._must_ask_health(view):
+            return None
         if self._may_still_fall(decision):
             return Wait("vram")
         if not view.may_unload and not isinstance(decision, Wait) and not self._told_would:
@@ -270,13 +279,23 @@ class Preparation:
                 state.queue.take_out(name)
             self._ticket.step = f"unloading {', '.join(decision.consumers)}"
         elif isinstance(decision, Grant):
-            on_card = (view.held(self._target.name, gpu).resident for gpu in self._target.gpus)
-            self._loaded = self._loaded or all(on_card)
+            self._loaded = self._loaded or self._is_loaded(view)
             if not self._must_load():
                 self._ticket.granting = True
                 self._ticket.step = WRITING
                 state.queue.holds[self._ticket.seq].phase = Phase.GRANTING
                 self._warn(decision, reading)
+
+    def _is_loaded(self, view: View) -> bool:
+        on_card = all(view.held(self._target.name, gpu).resident for gpu in self._target.gpus)
+        return on_card and not self._says_unloaded
+
+    def _must_ask_health(self, view: View) -> bool:
+        """Where loading starts the service, nobody has asked yet whether one that runs already serves."""
+        if self._load_called or self._serves or not self._dialect.load_starts_service:
+            return False
+        self._serves = self._is_loaded(view)
+        return self._serves
 
     def _may_still_fall(self, decision: Decision) -> bool:
         """What was unloaded is proved at its residual and may still be falling: look once more before it counts."""
@@ -312,7 +331,8 @@ class Preparation:
 
     def _wait_inside(self, decision: Wait) -> None:
         if decision.reason == "vram":
-            who = ", ".join(decision.consumers) or "holders"
+            names = [name for name in decision.consumers if name != self._target.name]
+            who = ", ".join(names + _programs(self._state.lingerers(self._target.name, self._ticket))) or "holders"
             self._ticket.step = f"waiting for {decision.short_mib} MiB that {who} use or were promised"
             self._state.wait_inside(self._ticket, WaitingFor.VRAM)
         elif decision.reason == "draining":
@@ -322,7 +342,11 @@ class Preparation:
             self._ticket.step = "waiting for an unload that another preparation began"
 
     def _drain_words(self, consumers: Sequence[str]) -> list[str]:
-        return [_drain(name, self._state.computing(name), self._state.memory[name].busy_error) for name in consumers]
+        state = self._state
+        return [
+            _drain(name, state.computing(name), state.memory[name].busy_error, state.lingerers(name, self._ticket))
+            for name in consumers
+        ]
 
     def _require_caller(self) -> None:
         """Its callers may have hung up without anybody having seen it yet."""
@@ -392,6 +416,9 @@ class Preparation:
             names = self._state.untold(self._target, reading)
             asks = self._asks.union(self._state.suspects(self._target))
         reports = ask_reports(names, self._world.dialects)
+        if self._dialect.can_load and not self._load_called:
+            own = ask_reports([self._target.name], self._world.dialects).get(self._target.name)
+            self._says_unloaded = own is not None and not own.loaded
         self._said = {}
         for name in sorted(asks):
             busy = ask_busy(self._state, name, self._world.dialects[name])
@@ -448,6 +475,8 @@ class Preparation:
             return  # nobody knew that it held anything, and it does not
         facts = dataclasses.asdict(victim)
         consumer, reason, _ = facts.pop("consumer"), facts.pop("reason"), facts.pop("asked")
+        if not facts["cause"]:
+            del facts["cause"]
         if facts.pop("proved") is False and reason is None:
             facts["proof"] = "its own word: the card could not be read"
         facts["for"] = self._target.name
@@ -555,6 +584,8 @@ class Preparation:
                 state.count_request(lease.consumer, -1)
             raise store_failed(state, error) from None
         state.events.append(event)
+        if lease.process is not None:
+            world.holder_processes.follow(lease.process, lease.consumer)
         with state.lock:
             live = state.publish(lease)
             state.queue.holds[ticket.seq].phase = Phase.LIVE
@@ -583,6 +614,7 @@ class Preparation:
             ttl_seconds=ticket.ttl_seconds,
             expires_at=now + ticket.ttl_seconds,
             request=ticket.request,
+            process=ticket.process,
         )
 
     def _grant_facts(self, lease: Lease) -> dict[str, Any]:
@@ -645,11 +677,17 @@ def ask_busy(state: State, name: str, dialect: Dialect) -> bool | None:
     return busy
 
 
-def _drain(name: str, work: str | None, error: str | None) -> str:
+def _drain(name: str, work: str | None, error: str | None, left: Sequence[GpuProcess]) -> str:
     if error is not None:
         return f"{name} says whether it is busy ({error})"
+    if left:
+        return f"{', '.join(_programs(left))} of {name} has ended: nobody may unload it"
     words = {"tail": "has ended what its last holder began", "direct": "has ended what somebody gave it without gpumgr"}
     return f"{name} {words.get(work or '', 'is idle')}"
+
+
+def _programs(processes: Sequence[GpuProcess]) -> list[str]:
+    return [f"{process.name} (pid {process.pid})" for process in processes]
 
 
 def ask_reports(names: list[str], dialects: Mapping[str, Dialect]) -> dict[str, Report]:

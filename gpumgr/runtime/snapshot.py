@@ -178,6 +178,7 @@ def _lease(state: State, lease: Lease, now: float) -> dict[str, Any]:
         "held_seconds": round(now - lease.granted_at, 3),
         "yield_requested": state.asked_to_yield(lease) is not None,
         "intruders": sorted(state.intruders_of(lease)),
+        "holder_pid": lease.process and lease.process.pid,
     }
 
 

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from gpumgr.config import LeaseSettings
-from gpumgr.core.card import GpuReading, Reading
+from gpumgr.core.card import GpuProcess, GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
 from gpumgr.core.following import Followed
 from gpumgr.core.lease import Call, EndReason, Lease, LeaseBook, RequestKey
@@ -441,7 +441,9 @@ class State:
         target = ticket.consumer.name
         beside = [hold for hold in self.queue.holds_of(target) if hold.seq != ticket.seq]
         working = frozenset(name for name in busy if not (beside if name == target else self.queue.holds_of(name)))
-        others = (self.in_use() | working) - {target}
+        using = (self.in_use() | working) - {target}
+        left = self._lingering(reading, ticket)
+        others = using | {name for name in self._hold_much(left) if name != target}
         holdings = self.holdings(reading, reports)
         if self.believing(ticket, reading):
             reading = self._believed(ticket.consumer, reading, holdings)
@@ -450,7 +452,7 @@ class State:
             reading=reading,
             headroom_mib=self._headroom_mib,
             holdings=holdings,
-            promised_mib=self.promised(others, holdings),
+            promised_mib=self.promised(using, holdings),
             in_use=others,
             busy=working,
             leaving=frozenset(name for name in self.catalog.consumers if self.queue.is_unloading(name)),
@@ -461,12 +463,46 @@ class State:
             last_used={name: m.last_used for name, m in self.memory.items() if m.last_used is not None},
             outside=self.outside,
             now=self._clock.monotonic(),
+            lingering_mib={} if beside else {ref: mib for (name, ref), mib in left.items() if name == target},
         )
 
     def bare_view(self) -> View:
         """The card without anyone on it, as far as `impossible` and `keeps_out` look."""
         now = self._clock.monotonic()
         return View(self.catalog, self.reading, self._headroom_mib, {}, {}, outside=self.outside, now=now)
+
+    def _lingering(self, reading: Reading, ticket: Ticket | None = None) -> dict[tuple[str, GpuRef], int]:
+        """Per consumer and GPU, what programs hold that no live lease is for: those that a holder named whose lease is
+        over, and whatever is known of a consumer without a backend. Nobody may unload them, and nobody is given what
+        they hold. Not the ticket's own process: what it kept from its last lease is its own to use."""
+        found: dict[tuple[str, GpuRef], int] = {}
+        for gpu in reading.gpus:
+            for process in gpu.processes:
+                consumer = self.catalog.consumers.get(process.consumer or "")
+                if consumer is not None and self._lingers(process, consumer, ticket):
+                    mib = consumer.needs_mib(gpu.index) if process.used_mib is None else process.used_mib
+                    found[consumer.name, gpu.index] = found.get((consumer.name, gpu.index), 0) + mib
+        return found
+
+    def _lingers(self, process: GpuProcess, consumer: Consumer, ticket: Ticket | None) -> bool:
+        if process.holder_pid is None:
+            return not consumer.has_backend and (ticket is None or ticket.consumer.name != consumer.name)
+        tickets = [t for t in self.tickets.values() if t.granting] + ([] if ticket is None else [ticket])
+        live = [lease.process for lease in self.leases] + [t.process for t in tickets]
+        return all(each is None or each.pid != process.holder_pid for each in live)
+
+    def _hold_much(self, left: Mapping[tuple[str, GpuRef], int]) -> set[str]:
+        """Those of which more than a context is left."""
+        return {name for (name, _), mib in left.items() if mib > self.catalog.consumers[name].residual_mib}
+
+    def lingerers(self, consumer: str, ticket: Ticket | None = None) -> list[GpuProcess]:
+        """The programs that keep it in use without a lease, as they were last seen; for a ticket, not its own."""
+        known = self.catalog.consumers.get(consumer)
+        holds = [hold for hold in self.queue.holds_of(consumer) if ticket is None or hold.seq != ticket.seq]
+        if known is None or holds or consumer not in self._hold_much(self._lingering(self.reading, ticket)):
+            return []
+        own = {p.pid: p for gpu in self.reading.gpus for p in gpu.processes if p.consumer == consumer}
+        return [process for process in own.values() if self._lingers(process, known, ticket)]
 
     def _leased(self, consumer: Consumer) -> bool:
         """Whether a lease shares a GPU with it, also one that is being written down."""
@@ -569,7 +605,7 @@ class State:
             self._use_catalog()
         for gpu in reading.gpus:
             for process in gpu.processes:
-                if process.consumer in self.memory:
+                if process.consumer in self.memory and process.holder_pid is None:
                     self.memory[process.consumer].recognised = True
         self._lower_leftovers(reading)
         self.outside = self.outside.reading(reading)
@@ -673,6 +709,11 @@ class State:
         remembered.checked = self._clock.monotonic()
         remembered.checked_at = self._clock.utc()
 
+    def note_stopped(self, consumer: str) -> None:
+        """Its service does not run, as an unload leaves it: neither healthy nor not."""
+        self.note_health(consumer, None)
+        self.memory[consumer].healthy = None
+
     def note_busy(self, consumer: str, uses: int, busy: bool | None, error: str | None) -> None:
         """Its answer to a question that was asked after ``uses`` uses. None: it has no such report."""
         remembered = self.memory[consumer]
@@ -692,6 +733,8 @@ class State:
         remembered = self.memory[consumer]
         if any(call.consumer == consumer for call in self.calls.values()):
             return "tail"
+        if left := self.lingerers(consumer):
+            return "tail" if any(process.holder_pid is not None for process in left) else "direct"
         if not remembered.busy:
             return None
         return "tail" if remembered.tail else "direct"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gpumgr.core.catalog import Consumer
-from gpumgr.core.lease import Call, Lease, RequestKey
+from gpumgr.core.lease import Call, HolderProcess, Lease, RequestKey
 from gpumgr.core.placement import Victim
 from gpumgr.core.queue import Entry, WaitingFor
 from gpumgr.errors import GpumgrError
@@ -29,6 +29,8 @@ class Ask:
     request: RequestKey | None = None
     restoring: bool = False
     """Housekeeping's own: the consumer is to be loaded, and nobody holds it afterwards."""
+    holder_pid: int | None = None
+    """The holder's own process, whose memory its lease is for as well."""
 
 
 def _always() -> bool:
@@ -69,6 +71,7 @@ class Ticket:
     prepare_seconds: float
     woken: threading.Condition
     stirred: threading.Condition
+    process: HolderProcess | None = None
     proxied: bool = False
     """A call that ends by itself, not a lease."""
     restoring: bool = False

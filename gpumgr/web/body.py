@@ -25,7 +25,9 @@ LARGEST_DROPPED_BYTES = 2**20
 BODY_SECONDS = 5.0
 """A whole body takes no longer: one that stands still or trickles would hold a thread, and renew has only the reserved
 ones."""
-ACQUIRE_FIELDS = ("kind", "consumer", "ttl_seconds", "wait_seconds", "holder", "request_id")
+ACQUIRE_FIELDS = ("kind", "consumer", "ttl_seconds", "wait_seconds", "holder", "request_id", "holder_pid")
+LARGEST_PID = 2**22
+"""Linux gives none above (proc_sys_kernel(5), pid_max)."""
 RENEW_FIELDS = ("ttl_seconds",)
 HOLD_FIELDS = ("reason", "ttl_seconds")
 FORM_FIELDS = ("action", *HOLD_FIELDS)
@@ -47,6 +49,7 @@ def acquire_ask(request: Request) -> Ask:
         ttl_seconds=_seconds(fields, "ttl_seconds", least_exclusive=True),
         wait_seconds=_seconds(fields, "wait_seconds", least_exclusive=False),
         holder=holder,
+        holder_pid=_pid(fields, "holder_pid"),
         request=RequestKey(bearer_of(request.environ).name, holder, request_id) if request_id is not None else None,
     )
 
@@ -173,6 +176,18 @@ def _label(fields: Mapping[str, Any], name: str) -> str | None:
         raise InvalidRequest(f"{name} must have at most {LONGEST_LABEL} characters", field=name)
     if any(0xD800 <= ord(c) <= 0xDFFF for c in value):
         raise InvalidRequest(f"{name} holds half a character (a lone surrogate)", field=name)
+    return value
+
+
+def _pid(fields: Mapping[str, Any], name: str) -> int | None:
+    if name not in fields:
+        return None
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST_PID:
+        raise InvalidRequest(
+            f"{name} must be the pid of the holder's own process: a whole number above 0. Leave it out in a container",
+            field=name,
+        )
     return value
 
 

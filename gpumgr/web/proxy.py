@@ -32,7 +32,7 @@ from werkzeug.routing import BaseConverter, Rule
 from gpumgr.adapters.upstream import Exchange, Head, shut, upstream_of
 from gpumgr.config.load import NAME, RESERVED_KINDS
 from gpumgr.core.lease import Call
-from gpumgr.errors import GpumgrError, InvalidRequest, UpstreamTimeout, UpstreamUnreachable
+from gpumgr.errors import GpumgrError, InvalidRequest, NotFound, UpstreamTimeout, UpstreamUnreachable
 from gpumgr.runtime.broker import Broker
 from gpumgr.runtime.ports import BackendError
 from gpumgr.runtime.ticket import Ask, Caller
@@ -78,7 +78,7 @@ class _Proxy:
         self.broker = broker
         self.places = places
         self.hang_up = hang_up
-        self.upstreams = {name: upstream_of(consumer) for name, consumer in broker.settings.consumers.items()}
+        self.upstreams = {name: upstream_of(c) for name, c in broker.settings.consumers.items() if c.url is not None}
 
     def pass_on(self, kind: str, **_path: str) -> Response:
         """``_path`` is unescaped; what the caller wrote is in the environment."""
@@ -94,7 +94,14 @@ class _Proxy:
 
     def _passed(self, kind: str, sock: socket.socket | None, upload: Upload) -> Response:
         consumer = self.broker.state.catalog.resolve(kind=kind, consumer=None)
-        exchange = Exchange(self.upstreams[consumer.name], self.broker.settings.proxy)
+        upstream = self.upstreams.get(consumer.name)
+        if upstream is None:
+            raise NotFound(
+                f"/v1/{kind} leads to {consumer.name}, which has no url: there is nobody to pass this call on to. Take "
+                f"a lease (POST /v1/lease), or write consumers.{consumer.name}.url if it has a server",
+                consumer=consumer.name,
+            )
+        exchange = Exchange(upstream, self.broker.settings.proxy)
         target = passing.target(request.environ, kind, exchange.upstream)
         turn = self._turn(kind, free=passing.needs_no_turn(request.environ, target, exchange.upstream))
         passage = _Passage(self, exchange, sock, self.places.take())

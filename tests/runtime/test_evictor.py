@@ -261,6 +261,7 @@ class Backend:
     can_load: bool = False
     load_starts_service: bool = False
     can_restore: bool = False
+    cuts_work: bool = False
     falls_after: float | None = 0.0
     falls_to_mib: int = CONTEXT_MIB
     loses: int = 0
@@ -413,6 +414,24 @@ def test_it_is_asked_again_each_second_until_it_falls(bench: Bench) -> None:
     assert backend.asked_at == [0.0, 1.0, 2.0, 3.0]
     assert victim.seconds == pytest.approx(3.2, abs=0.1)
     assert backend.given == [30.0, 29.0, 28.0, 27.0]  # what is left of its own limit
+
+
+# Whoever was idle at the first call may compute by the second, and where an unload cuts, that one would.
+@pytest.mark.parametrize("cuts_work", [True, False])
+def test_who_computes_by_now_is_not_asked_again_where_that_would_cut(bench: Bench, cuts_work: bool) -> None:
+    backend = bench.backend(loses=1, cuts_work=cuts_work, computes=True)
+    bench.at[3.5] = lambda: setattr(backend, "computes", False)
+    backend.take(9000)
+    (victim,) = bench.unload(victim_of(backend))
+    assert (victim.reason, backend.asked_at) == (None, [0.0, 4.0] if cuts_work else [0.0, 1.0])
+
+
+def test_a_victim_that_computes_to_its_limit_is_busy_and_was_not_cut(bench: Bench) -> None:
+    backend = bench.backend(loses=9, cuts_work=True, computes=True)
+    backend.take(9000)
+    (victim,) = bench.unload(victim_of(backend, 3.0))
+    assert (victim.reason, victim.cause) == ("busy", "it computes: it was not asked again")
+    assert backend.asked_at == [0.0]
 
 
 def test_once_is_enough_for_a_dialect_that_says_so(bench: Bench) -> None:

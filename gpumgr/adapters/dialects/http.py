@@ -6,16 +6,21 @@ Must not: watch the card or decide anything.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from gpumgr.adapters.dialects import answers
 from gpumgr.adapters.dialects.wire import Answer, send
-from gpumgr.config import Call, ConsumerSettings, Report
+from gpumgr.config import Call, ConsumerSettings, Each, Report
 from gpumgr.core.following import Work
 from gpumgr.core.placement import Report as LoadedReport
 from gpumgr.runtime.ports import BackendError
 
 REPORT_SECONDS = 2.0
 LOAD_SECONDS = 60.0
+EACH_SECONDS = 5.0
+"""One of many unloads; LocalAI waits up to 30 s for a model that computes, and is asked again."""
 
 
 class Http:
@@ -35,6 +40,10 @@ class Http:
         self.load_starts_service = False
 
     @property
+    def cuts_work(self) -> bool:
+        return self._settings.unload.cuts_work
+
+    @property
     def can_unload(self) -> bool:
         return self._settings.unload.path is not None
 
@@ -49,7 +58,13 @@ class Http:
             raise BackendError("failed", f"{answer.asked} answers {answer.status}")
 
     def unload(self, within_seconds: float) -> None:
-        self._call(self._settings.unload, within_seconds)
+        call = self._settings.unload
+        if call.for_each is None:
+            self._call(call, within_seconds)
+            return
+        until = time.monotonic() + within_seconds
+        items = self._items(call.for_each, min(REPORT_SECONDS, within_seconds))
+        self._call_each((answers.filled(call, item) for item in items), until)
 
     def load(self) -> None:
         if self._settings.load is not None:
@@ -86,21 +101,37 @@ class Http:
         answer = self._send(call.method or "POST", call.path or "/", body=call.json, timeout_seconds=within_seconds)
         return answer.require()
 
+    def _call_each(self, calls: Iterable[Call], until: float) -> None:
+        """Every one, also where one fails. Raises: BackendError, the first of them."""
+        failure: BackendError | None = None
+        for call in calls:
+            try:
+                self._call(call, max(0.1, min(EACH_SECONDS, until - time.monotonic())))
+            except BackendError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _items(self, each: Each, within_seconds: float) -> list[str]:
+        return answers.items(each, self._json(each.path, timeout_seconds=within_seconds))
+
     def _ask(self, report: Report) -> bool:
-        """Whether the number, truth or length at the report's dotted path is above its limit."""
-        value = self._json(report.path, timeout_seconds=report.timeout_seconds)
-        try:
-            for part in report.json.split("."):
-                value = value[int(part)] if isinstance(value, list) else value[part]
-            if isinstance(value, list | dict | str):
-                value = len(value)
-            return float(value or 0) > report.above
-        except (LookupError, TypeError, ValueError, OverflowError):
-            raise BackendError("failed", f"GET {report.path}: no number at {report.json!r}") from None
+        """Whether what the report's answer says is what its condition wants."""
+        path = report.path or "/"
+        if report.metrics:
+            return answers.holds(report, self._metrics(path, report.metrics, report.timeout_seconds))
+        return answers.holds(report, answers.at(report, self._json(path, timeout_seconds=report.timeout_seconds)))
+
+    def _metrics(self, path: str, names: Iterable[str], timeout_seconds: float) -> float:
+        """The sum of these metrics over all their labels."""
+        text = self._send("GET", path, timeout_seconds=timeout_seconds).require().body.decode(errors="replace")
+        return answers.metrics(text, tuple(names), path)
 
     def _json(self, path: str, *, timeout_seconds: float) -> Any:
         return self._send("GET", path, timeout_seconds=timeout_seconds).require().json()
 
     def _send(self, method: str, path: str, *, body: Any = None, timeout_seconds: float) -> Answer:
         url, headers = self._settings.url, self._settings.headers
+        if url is None:  # the configuration sees to it that nothing is asked there
+            raise BackendError("failed", f"{method} {path}: {self._settings.name} has no url")
         return send(method, url, path, body=body, headers=headers, timeout_seconds=timeout_seconds)

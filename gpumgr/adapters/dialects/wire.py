@@ -1,4 +1,4 @@
-"""One HTTP call to a consumer, over after a stated time whatever the server does.
+"""One HTTP call to a consumer or a container engine, over after a stated time whatever the server does.
 
 Owns: the connection, its deadline, and turning every failure into BackendError. Must not: know what is called.
 
@@ -62,7 +62,7 @@ def send(
     method: str, url: str, path: str, *, body: Any = None, headers: Headers = (), timeout_seconds: float
 ) -> Answer:
     """One request on a connection of its own: one kept alive may be closed by the server just as we write on it, and
-    an unload that fails for that reason would cost a second.
+    an unload that fails for that reason would cost a second. ``url``: also ``unix:/path`` of a socket.
 
     Raises: BackendError: ``unreachable`` (nobody listens), ``hung`` (not over after ``timeout_seconds``), ``failed``.
     """
@@ -77,7 +77,8 @@ def send(
     try:
         content = None if body is None else json.dumps(body).encode()
         typed = {} if content is None else {"Content-Type": "application/json"}
-        connection.request(method, parts.path + path, content, typed | dict(headers))
+        target = path if parts.scheme == "unix" else parts.path + path
+        connection.request(method, target, content, typed | dict(headers))
         with connection.getresponse() as response:
             answer = Answer(asked, response.status, _body(response, asked), headers)
         if over.is_set():  # a body that ends when the connection does looks whole when we cut it
@@ -97,10 +98,8 @@ def _hung(asked: str, timeout_seconds: float) -> BackendError:
 
 
 def _connected(url: str, until: float, asked: str, timeout_seconds: float) -> http.client.HTTPConnection:
-    parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     left = max(0.001, min(CONNECT_SECONDS, until - time.monotonic()))
-    connection = kind(parts.hostname or "", parts.port, timeout=left)
+    connection = _connection(url, left)
     try:
         connection.connect()
     except TimeoutError:
@@ -112,6 +111,25 @@ def _connected(url: str, until: float, asked: str, timeout_seconds: float) -> ht
         raise BackendError("unreachable", said, refused=isinstance(error, ConnectionRefusedError)) from None
     connection.sock.settimeout(timeout_seconds)
     return connection
+
+
+def _connection(url: str, timeout_seconds: float) -> http.client.HTTPConnection:
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return _UnixConnection(parts.path, timeout_seconds)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(parts.hostname or "", parts.port, timeout=timeout_seconds)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout_seconds: float) -> None:
+        super().__init__("localhost", timeout=timeout_seconds)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
 
 
 def _cut(sock: socket.socket, over: threading.Event) -> None:
