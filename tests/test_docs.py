@@ -48,7 +48,7 @@ def test_every_error_has_its_row(code: str) -> None:
         *("vram_resident_mib", "residual_mib", "can_coexist_with", "max_concurrency", "processes", "health", "busy"),
         *("unit", "container", "on_expiry", "max_hold_seconds", "confirm_seconds", "quarantine_seconds"),
         *("auth", "trusted_network", "tokens_file", "allowed_hosts", "allowed_origins", "headers"),
-        *("unload", "load", "loaded", "proxy_path"),
+        *("unload", "load", "loaded", "proxy_path", "vram_declared_mib"),
     ],
 )
 def test_every_key_is_in_the_reference(key: str) -> None:

@@ -21,6 +21,7 @@ from gpumgr.adapters.simulated import SimulatedProbe
 from gpumgr.config import GpuSettings, LeaseSettings, SchedulingSettings, ServerSettings, Settings
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
 from gpumgr.core.lease import Call, EndReason, Lease, RequestKey
+from gpumgr.core.ledger import Account, Entry
 from gpumgr.core.placement import Report
 from gpumgr.errors import GpumgrError
 from gpumgr.runtime.broker import Broker, _hung_up
@@ -187,6 +188,7 @@ class LedgerStore:
         self._live: dict[str, tuple[KeptLease, str]] = {}
         self._over: dict[str, tuple[KeptLease, EndReason, float]] = {}
         self._totals: dict[str, Total] = {}
+        self.learned: dict[str, Account] = {}
         self._owed: list[Callable[[], None]] = []
 
     def open(self) -> Kept:
@@ -209,6 +211,7 @@ class LedgerStore:
             ],
             rebooted=[kept.lease for kept in rebooted],
             totals=dict(self._totals),
+            learned=dict(self.learned),
         )
 
     def note(self, event: dict[str, Any]) -> None:
@@ -249,9 +252,11 @@ class LedgerStore:
         written = replace(kept.lease, ttl_seconds=ttl, written_ttl_seconds=ttl)
         self._live[lease.lease_id] = (replace(kept, lease=written), boot)
 
-    def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
+    def keep(self, totals: Mapping[str, Total], idle: Sequence[str], learned: Sequence[tuple[str, Entry]] = ()) -> None:
         self._require()
         self._totals |= totals
+        for name, entry in learned:
+            self.learned[name] = self.learned.get(name, Account()).with_entry(entry)
         self.quarantined -= set(idle)
 
     def try_again(self) -> None:
@@ -431,7 +436,10 @@ class World(Stand):
         self.callers.clear()
         self.preparations.clear()
         with suppress(StoreError):
-            self.store.keep(self.broker.state.take_totals(), self.broker._idle)  # its thread had the moment it needs
+            state = self.broker.state
+            self.store.keep(
+                state.take_totals(), self.broker._idle, state.ledger.take()
+            )  # its thread had the moment it needs
         if reboot:
             self.store.boot += "'"
         believes = self.broker.state.believes

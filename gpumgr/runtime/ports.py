@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from gpumgr.core.card import Reading
 from gpumgr.core.lease import EndReason, Lease, RequestKey
+from gpumgr.core.ledger import Account, Entry
 from gpumgr.core.placement import Report
 
 
@@ -126,6 +127,8 @@ class Kept:
     events: Sequence[dict[str, Any]] = ()
     evicting: Sequence[str] = ()
     """Consumers that were being unloaded when the process ended: nobody knows what came of it."""
+    learned: Mapping[str, Account] = field(default_factory=dict)
+    """What unloads gave back and what was observed, by consumer."""
 
 
 class Store(Protocol):
@@ -153,9 +156,9 @@ class Store(Protocol):
     def raised(self, lease: Lease) -> None:
         """Durably: its TTL, for a restart."""
 
-    def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
-        """Events and totals, and the leases (by id) whose quarantine is over. It survives the process, not a loss of
-        power."""
+    def keep(self, totals: Mapping[str, Total], idle: Sequence[str], learned: Sequence[tuple[str, Entry]] = ()) -> None:
+        """Events and totals, the leases (by id) whose quarantine is over, and what is new in the consumers' accounts.
+        It survives the process, not a loss of power. What was learned is not owed where this fails."""
 
     def try_again(self) -> None:
         """Durably, whatever is owed."""

@@ -197,9 +197,11 @@ class Preparation:
                 state.queue.take_out(name)
             self._ticket.step = f"unloading {', '.join(decision.consumers)}"
         elif isinstance(decision, Grant):
-            on_card = (view.held(self._target.name, gpu).resident for gpu in self._target.gpus)
-            self._loaded = self._loaded or all(on_card)
+            held = [view.held(self._target.name, gpu) for gpu in self._target.gpus]
+            self._loaded = self._loaded or all(holding.resident for holding in held)
             if not self._must_load():
+                comes = not self._load_called and all(each.exact and each.resident is False for each in held)
+                state.note_granting(self._ticket, holds_mib=sum(each.held_mib for each in held) if comes else None)
                 self._ticket.granting = True
                 self._ticket.step = WRITING
                 state.queue.holds[self._ticket.seq].phase = Phase.GRANTING
@@ -371,6 +373,7 @@ class Preparation:
             return  # nobody knew that it held anything, and it does not
         facts = dataclasses.asdict(victim)
         consumer, reason, _ = facts.pop("consumer"), facts.pop("reason"), facts.pop("asked")
+        del facts["returned_share"]
         if facts.pop("proved") is False and reason is None:
             facts["proof"] = "its own word: the card could not be read"
         facts["for"] = self._target.name
@@ -391,6 +394,7 @@ class Preparation:
             self._require_wanted()
             self._ticket.step = f"loading {name}"
             self._state.note_loading(name)
+            self._state.note_load_called(name)
         self._load_called = True
         try:
             self._dialect.load()

@@ -19,6 +19,7 @@ from gpumgr.config import LeaseSettings
 from gpumgr.core.card import GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
 from gpumgr.core.lease import Call, EndReason, Lease, LeaseBook, RequestKey
+from gpumgr.core.ledger import Sight, keeping_promises, sized
 from gpumgr.core.placement import (
     Decision,
     Holding,
@@ -35,6 +36,7 @@ from gpumgr.core.placement import (
 )
 from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
 from gpumgr.errors import GpumgrError, RequestEnded
+from gpumgr.runtime.ledger import Ledger
 from gpumgr.runtime.ports import Clock, Kept, KeptLease, Total
 from gpumgr.runtime.refusals import scheduler_timeout
 from gpumgr.runtime.ticket import Ask, Ticket
@@ -120,6 +122,13 @@ class State:
         self.dirty: set[str] = set()
         """Consumers whose totals have changed since they were written."""
         self.on_event: Callable[[dict[str, Any]], None] = lambda _event: None
+        self.ledger = Ledger()
+        self.on_load: Callable[[], None] = lambda: None
+        """Something begins to be loaded: the card is worth a look. Quick, and called with the lock held."""
+        self.on_learned: Callable[[], None] = lambda: None
+        """There is something for the store. The same."""
+        self._promises: dict[int, Consumer] = {}
+        """Consumers whose size follows what is observed, as each hold was granted them."""
         self._configured = catalog
         self._kept: dict[str, KeptLease] = {}
         """Consumers that the configuration knows not, or otherwise, by name, with a lease that they still have."""
@@ -158,6 +167,8 @@ class State:
         now = self._clock.monotonic()
         self.restored = True
         self.leases.start_fence(kept.fence)
+        self.ledger.restore(kept.learned, self.catalog.consumers.values())
+        self._use_catalog()
         for each in kept.leases:
             self._keep_consumer(each)
         for each in kept.leases:
@@ -170,6 +181,7 @@ class State:
                 remembered.total_requests += total.requests
                 remembered.evictions += total.evictions
                 remembered.last_used_at = remembered.last_used_at or total.last_used_at
+        self._use_catalog()
         self.events.extendleft(reversed(kept.events[-EVENTS_KEPT + len(self.events) :]))
         for lease in kept.rebooted:
             facts = {"lease_id": lease.lease_id, "holder": lease.holder, "reason": EndReason.HOST_REBOOT.value}
@@ -190,6 +202,8 @@ class State:
         hold = self.queue.restore(lease.consumer, Phase.QUARANTINE if kept.quarantined else Phase.LIVE)
         self.memory[lease.consumer].uses += 1
         self.memory[lease.consumer].used_since_unload = True
+        granted = replace(self.catalog.consumers[lease.consumer], gpus=lease.gpus, vram_resident_mib=kept.sizes_mib)
+        self._promise(hold.seq, granted)
         if kept.quarantined:
             self.quarantines[hold.seq] = Quarantine(lease.lease_id, lease.consumer, hold.seq)
             return
@@ -198,7 +212,7 @@ class State:
         self.leases.restore(replace(lease, seq=hold.seq, hold_until=until), now)
 
     def _use_catalog(self) -> None:
-        catalog = self._configured.resolved(self.reading)
+        catalog = self._sized(self._configured.resolved(self.reading))
         for kept in self._kept.values():
             pairs = zip(_both(kept.lease), kept.sizes_mib, strict=True)
             known = catalog.consumers.get(kept.lease.consumer)
@@ -206,6 +220,74 @@ class State:
             more = [(ref, mib) for (ref, uuid), mib in pairs if {ref, uuid}.isdisjoint(names)]
             catalog = catalog.keeping(kept.lease.consumer, tuple(ref for ref, _ in more), tuple(mib for _, mib in more))
         self.queue.resolve(catalog)
+
+    # -- sizes that are learned -----------------------------------------------------------------------------
+
+    def _sized(self, catalog: Catalog) -> Catalog:
+        """With the sizes in force (core/ledger.py)."""
+        lends = {ref: max(0, gpu.total_mib - self._headroom_mib) for ref, gpu in self.readable.items()}
+        self._promises = {seq: each for seq, each in self._promises.items() if seq in self.queue.holds}
+        consumers = {}
+        for name, consumer in catalog.consumers.items():
+            promised = [each for each in self._promises.values() if each.name == name]
+            consumers[name] = keeping_promises(sized(consumer, self.ledger.account(name), lends), promised)
+        return replace(catalog, consumers=consumers)
+
+    def _size_anew(self) -> None:
+        """A size that has changed is in force from the next decision on."""
+        if not any(consumer.auto for consumer in self._configured.consumers.values()):
+            return
+        before = self.catalog
+        self._use_catalog()
+        if self.catalog != before:
+            self.advance()
+
+    def _promise(self, seq: int, granted: Consumer) -> None:
+        if granted.auto:
+            self._promises[seq] = granted
+
+    def note_granting(self, ticket: Ticket, *, holds_mib: int | None = None) -> None:
+        """``holds_mib``: what it holds, where it is not on the card yet; None: it is, or nobody knows."""
+        consumer = self.catalog.consumers[ticket.consumer.name]
+        self._promise(ticket.seq, consumer)
+        if holds_mib is not None:
+            self._begin_load(consumer, holds_mib)
+
+    def note_load_called(self, consumer: str) -> None:
+        found = self.catalog.consumers[consumer]
+        held = (self.reading.gpu(ref) for ref in found.gpus)
+        self._begin_load(found, sum((gpu.held_mib(consumer) or 0) for gpu in held if gpu is not None))
+
+    def _begin_load(self, consumer: Consumer, held_mib: int) -> None:
+        self.ledger.begin_load(consumer, held_mib, self._clock.monotonic())
+        self.on_load()
+
+    def _learn(self, reading: Reading) -> None:
+        """What a reading shows of those that are held, or were until now."""
+        used = {hold.consumer for hold in self.queue.holds.values()}
+        told = [c for c in self.catalog.consumers.values() if c.name in used or self.ledger.follows(c.name)]
+        if told:
+            at, holdings = rfc3339(self._clock.utc()), self.holdings(reading, {})
+            learned = [self.ledger.observe(each, self._sight(each, reading, holdings), at) for each in told]
+            if any(learned):
+                self.on_learned()
+        self._size_anew()
+
+    def _sight(self, consumer: Consumer, reading: Reading, holdings: Mapping[tuple[str, GpuRef], Holding]) -> Sight:
+        name = consumer.name
+        held = [holdings[name, ref] for ref in consumer.gpus]
+        told = all(holding.exact for holding in held)
+        holds = frozenset(hold.seq for hold in self.queue.holds_of(name) if hold.phase is not Phase.PREPARING)
+        return Sight(
+            at=reading.read_at,
+            holds=holds,
+            works=self.memory[name].tail or self.computing(name) == "tail",
+            leaving=self.queue.is_unloading(name),
+            resident=told and any(holding.resident for holding in held),
+            held_mib={ref: each.held_mib for ref, each in zip(consumer.gpus, held, strict=True)} if told else None,
+        )
+
+    # -- coming and going -----------------------------------------------------------------------------------
 
     def leave(self, seq: int, consumer: str) -> None:
         """A hold is over. A consumer that was only kept for it goes with it."""
@@ -350,6 +432,7 @@ class State:
         self.memory[ticket.consumer.name].uses += 1
         self.queue.admit(ticket.entry).phase = Phase.GRANTING
         ticket.granting = True
+        self.note_granting(ticket)
 
     def _note_would(self, ticket: Ticket) -> None:
         name = ticket.consumer.name
@@ -522,6 +605,7 @@ class State:
                 if process.consumer in self.memory:
                     self.memory[process.consumer].recognised = True
         self._lower_leftovers(reading)
+        self._learn(reading)
 
     def _lower_leftovers(self, reading: Reading) -> None:
         """An unload is proved while memory is still falling: what stays is the least that is seen afterwards."""
@@ -542,6 +626,7 @@ class State:
 
     def note_victim(self, victim: Victim, reading: Reading) -> None:
         remembered = self.memory[victim.consumer]
+        self.ledger.unloaded(self.catalog.consumers[victim.consumer], victim, rfc3339(self._clock.utc()))
         if victim.reason is None:
             remembered.evictions += victim.asked
             self.dirty.add(victim.consumer)
