@@ -5,10 +5,11 @@ warnings that are derived from it. Must not: read a card or a clock, or know who
 
 Unreadable is not zero: a number that the driver did not say enters no share and no size.
 
-**An observation** is one use of a consumer: from the first reading in which somebody holds it until all the holds of
-that reading are over, and what they left running (a tail) with them. So it is one lease or proxied call, and where
-``max_concurrency`` lets several in, all that overlap. ``peak`` is the most that any reading of it showed; ``resident``
-what the consumer holds in the first reading after it, or showed in its last one.
+**An observation** is one use of a consumer: one lease or proxied call, and what it left running (a tail) with it. Where
+``max_concurrency`` lets several in, it is the time in which somebody is in at all; but who comes after
+``JOINS_WITHIN_SECONDS`` belongs to the next one, so that a consumer that is never idle is observed too. ``peak`` is the
+most that any reading of it showed; ``resident`` what the consumer holds in the first reading after it, or showed in its
+last one.
 
 **A reload** begins with the grant of a consumer that was not on the card, or with its load call, and ends with the last
 rise of its memory: known once that has stood still for a moment, near what the consumer holds otherwise.
@@ -47,6 +48,7 @@ NEAR = 0.75
 RISES_WITHIN_SECONDS = 30.0
 """A load that shows no rise for so long has not begun, because its holder waits, or is over at another size."""
 SOON_SECONDS = 0.25
+JOINS_WITHIN_SECONDS = 600.0
 FOLLOWS_SECONDS = 10.0
 """A reading later than this after the last one says nothing about the use that ended between them."""
 
@@ -350,18 +352,21 @@ class Sight:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A use under way. ``holds`` are those of its first reading; the maps are empty until it was seen resident."""
+    """A use under way. ``holds`` are all that belong to it; the maps are empty until it was seen resident."""
 
     holds: frozenset[int]
-    peak_mib: Mapping[GpuRef, int]
-    last_mib: Mapping[GpuRef, int]
+    began_at: float
     last_at: float
+    peak_mib: Mapping[GpuRef, int] = field(default_factory=dict)
+    last_mib: Mapping[GpuRef, int] = field(default_factory=dict)
 
     def seen(self, sight: Sight) -> Use:
+        joins = sight.at - self.began_at < JOINS_WITHIN_SECONDS
+        use = replace(self, holds=self.holds | sight.holds) if joins else self
         if sight.held_mib is None or not sight.resident or sight.leaving:
-            return self
+            return use
         peak = {gpu: max(mib, self.peak_mib.get(gpu, 0)) for gpu, mib in sight.held_mib.items()}
-        return Use(self.holds, peak, sight.held_mib, sight.at)
+        return replace(use, peak_mib=peak, last_mib=sight.held_mib, last_at=sight.at)
 
     def goes_on(self, sight: Sight) -> bool:
         if sight.leaving:
@@ -377,7 +382,7 @@ def followed(use: Use | None, sight: Sight) -> tuple[Use | None, Use | None]:
     if use is not None and not sight.holds and sight.at - use.last_at <= FOLLOWS_SECONDS:
         over = use.seen(sight)  # it is at rest
     begins = sight.holds and not sight.leaving
-    return Use(sight.holds, {}, {}, sight.at).seen(sight) if begins else None, over
+    return Use(sight.holds, sight.at, sight.at).seen(sight) if begins else None, over
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from typing import Any
 from gpumgr import __version__
 from gpumgr.core.card import GpuReading
 from gpumgr.core.catalog import Consumer, GpuRef
-from gpumgr.core.ledger import Account, observed_figures, unload_figures, warnings_of
 from gpumgr.core.lease import Lease
+from gpumgr.core.ledger import Account, observed_figures, unload_figures, warnings_of
 from gpumgr.core.placement import Holding
 from gpumgr.core.queue import Hold, Phase, WaitingFor
 from gpumgr.runtime.broker import Broker
