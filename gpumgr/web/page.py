@@ -287,7 +287,7 @@ class _Showing:
             memory=_memory(consumer),
             share=_share(consumer),
             seen=words.seen(consumer),
-            warnings=words.told(consumer.get("warnings")),
+            warnings=words.warnings(consumer),
             returned=words.returned(consumer.get("unloads")),
             resident=_truth(consumer.get("resident"), "resident", "not resident", "not known whether resident"),
             in_use="idle" if in_use is None else word,

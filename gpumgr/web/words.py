@@ -157,8 +157,12 @@ def returned(unloads: object) -> str:
     return ", ".join(part for part in (back, "" if seconds is None else span(seconds)) if part)
 
 
-def told(values: object) -> list[str]:
-    return [plain(each) for each in values] if isinstance(values, list) else []
+def warnings(consumer: Facts) -> list[str]:
+    """Each with whom it is about, once."""
+    found = consumer.get("warnings")
+    name = known(consumer.get("name"))
+    said = [plain(each) for each in found] if isinstance(found, list) else []
+    return [each if each.startswith(f"{name} ") else f"{name}: {each}" for each in said]
 
 
 def event(told: Facts) -> tuple[str, str]:
