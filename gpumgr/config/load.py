@@ -271,6 +271,8 @@ def _sizes(section: Section, gpus: tuple[GpuRef, ...]) -> dict[str, Any]:
         return tuple(check.whole(0)(f"{where}[{i}]", item) for i, item in enumerate(value))
 
     def sizes_or_auto(where: str, value: Any) -> tuple[int, ...] | None:
+        if isinstance(value, str) and value != "auto":
+            raise ConfigError(f"{where} must be a whole number, a list of them, or auto, not {check.shown(value)}")
         return None if value == "auto" else sizes(where, value)
 
     remedy = "write how many MiB it holds when it is loaded, or auto"

@@ -352,7 +352,8 @@ class Sight:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A use under way. ``holds`` are all that belong to it; the maps are empty until it was seen resident."""
+    """A use under way: from a grant, or from the first reading that shows a hold. ``holds`` are all that belong to it;
+    the maps are empty until it was seen resident."""
 
     holds: frozenset[int]
     began_at: float
@@ -369,8 +370,6 @@ class Use:
         return replace(use, peak_mib=peak, last_mib=sight.held_mib, last_at=sight.at)
 
     def goes_on(self, sight: Sight) -> bool:
-        if sight.leaving:
-            return False
         return not self.holds.isdisjoint(sight.holds) or (sight.works and not sight.holds)
 
 
@@ -381,8 +380,7 @@ def followed(use: Use | None, sight: Sight) -> tuple[Use | None, Use | None]:
     over = use
     if use is not None and not sight.holds and sight.at - use.last_at <= FOLLOWS_SECONDS:
         over = use.seen(sight)  # it is at rest
-    begins = sight.holds and not sight.leaving
-    return Use(sight.holds, sight.at, sight.at).seen(sight) if begins else None, over
+    return Use(sight.holds, sight.at, sight.at).seen(sight) if sight.holds else None, over
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from gpumgr.core.ledger import (
     Use,
     followed,
     observed_figures,
+    swap_seconds,
     unloaded,
     warnings_of,
 )
@@ -90,6 +91,14 @@ class Ledger:
         size = size if size or consumer.unsized else sum(consumer.vram_resident_mib)
         self._loads[consumer.name] = Load(now, size, held_mib)
 
+    def begin_use(self, consumer: Consumer, seq: int, holds: frozenset[int], now: float, at: str) -> None:
+        """It is granted. A use may begin and end between two readings: the next one tells of it all the same."""
+        use = self._uses.get(consumer.name)
+        if use is None or use.holds.isdisjoint(holds):
+            if use is not None:
+                self._end_use(consumer, use, at)
+            self._uses[consumer.name] = Use(frozenset({seq}), now, now)
+
     def observe(self, consumer: Consumer, sight: Sight, at: str) -> bool:
         """A reading shows it. Whether a use of it is over, and was learned from."""
         name = consumer.name
@@ -100,13 +109,14 @@ class Ledger:
             self._uses[name] = use
         else:
             self._uses.pop(name, None)
-        if over is None:
-            return False
-        load = self._loads.pop(name, None)
-        if not over.peak_mib:
+        return over is not None and self._end_use(consumer, over, at)
+
+    def _end_use(self, consumer: Consumer, use: Use, at: str) -> bool:
+        load = self._loads.pop(consumer.name, None)
+        if not use.peak_mib:
             return False  # nobody saw it on the card
         seconds = None if load is None else load.ended().seconds
-        self._enter(consumer, Observation(at, over.peak_mib, over.last_mib, seconds))
+        self._enter(consumer, Observation(at, use.peak_mib, use.last_mib, seconds))
         return True
 
     def _follow_load(self, name: str, sight: Sight) -> None:
@@ -117,6 +127,10 @@ class Ledger:
             del self._loads[name]
         else:
             self._loads[name] = load
+
+    def swap_seconds(self, from_names: Iterable[str], to_name: str) -> float | None:
+        """What a swap costs, as far as it was ever seen (core/ledger.py)."""
+        return swap_seconds(self.accounts, from_names, to_name)
 
     def look_again_seconds(self, usual: float, now: float) -> float:
         """When the card should be read next: soon while something is being loaded."""

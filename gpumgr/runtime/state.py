@@ -250,6 +250,8 @@ class State:
         """``holds_mib``: what it holds, where it is not on the card yet; None: it is, or nobody knows."""
         consumer = self.catalog.consumers[ticket.consumer.name]
         self._promise(ticket.seq, consumer)
+        now, at = self._clock.monotonic(), rfc3339(self._clock.utc())
+        self.ledger.begin_use(consumer, ticket.seq, self._grants(consumer.name) - {ticket.seq}, now, at)
         if holds_mib is not None:
             self._begin_load(consumer, holds_mib)
 
@@ -277,15 +279,17 @@ class State:
         name = consumer.name
         held = [holdings[name, ref] for ref in consumer.gpus]
         told = all(holding.exact for holding in held)
-        holds = frozenset(hold.seq for hold in self.queue.holds_of(name) if hold.phase is not Phase.PREPARING)
         return Sight(
             at=reading.read_at,
-            holds=holds,
+            holds=self._grants(name),
             works=self.memory[name].tail or self.computing(name) == "tail",
             leaving=self.queue.is_unloading(name),
-            resident=told and any(holding.resident for holding in held),
+            resident=any(holding.resident for holding in held),
             held_mib={ref: each.held_mib for ref, each in zip(consumer.gpus, held, strict=True)} if told else None,
         )
+
+    def _grants(self, consumer: str) -> frozenset[int]:
+        return frozenset(hold.seq for hold in self.queue.holds_of(consumer) if hold.phase is not Phase.PREPARING)
 
     # -- coming and going -----------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from gpumgr.errors import EvictionFailed, InsufficientVram
 from gpumgr.runtime.broker import CARD_EACH_SECONDS
 from gpumgr.runtime.ports import StoreError
 from gpumgr.runtime.snapshot import snapshot
-from tests.waiting import until
 from tests.worlds import World, catalog, consumer, started
 
 
@@ -149,15 +148,57 @@ def test_a_load_call_is_a_reload(world: World) -> None:
     assert account(world, "paint").observations[0].reload_seconds == 0.0
 
 
-def test_a_started_broker_looks_closely_by_itself() -> None:
-    with started(consumer("paint", 14000)) as world:
-        world.lease("paint")
-        world.services["paint"].take()
-        load = world.broker.state.ledger._loads
-        until(lambda: load["paint"].risen_at is not None)
-        risen_at, began_at = load["paint"].risen_at, load["paint"].began_at
-        assert risen_at is not None
-        assert risen_at - began_at < CARD_EACH_SECONDS, "the round of two seconds did not wait"
+def test_a_load_and_what_was_learned_wake_who_waits_for_them(world: World) -> None:
+    woken: list[str] = []
+    world.broker.state.on_load = lambda: woken.append("observe-card")
+    world.broker.state.on_learned = lambda: woken.append("keep-store")
+    use(world, "paint", 9000)
+    assert woken == ["observe-card", "keep-store"]
+    use(world, "paint", 9000)
+    assert woken[2:] == ["keep-store"], "it was there already"
+    with started(consumer("paint", 14000)) as running:
+        state = running.broker.state
+        assert (state.on_load, state.on_learned) == (running.broker._card.nudge, running.broker._keeper.nudge)
+
+
+def test_what_is_over_before_the_next_reading_is_observed_too(world: World) -> None:
+    for _ in range(3):
+        call = world.call("paint")
+        world.prepare()
+        world.services["paint"].take(9000)
+        world.broker.end_call(call.call())
+        world.broker._look_at_work("paint", world.services["paint"])
+    look(world)
+    assert [each.peak_mib for each in account(world, "paint").observations] == [{0: 9000}] * 3
+
+
+def test_what_a_call_left_running_belongs_to_it(world: World) -> None:
+    call = world.call("paint")
+    world.prepare()
+    world.services["paint"].computing = True
+    world.broker.end_call(call.call())
+    for mib in (3000, 12000, 9000):
+        world.services["paint"].take(mib)
+        look(world)
+    world.services["paint"].computing = False
+    world.broker._look_at_work("paint", world.services["paint"])
+    look(world)
+    assert [each.peak_mib for each in account(world, "paint").observations] == [{0: 12000}]
+
+
+def test_who_is_never_granted_is_not_observed() -> None:
+    world = World(catalog(consumer("paint", 14000, beside=["chat"]), consumer("chat", 9000, beside=["paint"])))
+    world.services["paint"].take(3000)
+    world.grant("chat", loaded=True)
+    waits = world.ask("paint", wait_seconds=10)
+    world.games[0].set_used(4000)
+    world.prepare()
+    look(world)
+    look(world, 20)
+    assert waits.error().code == "scheduler_timeout"
+    world.prepare()
+    look(world)
+    assert account(world, "paint") == Account()
 
 
 # -- unloads ------------------------------------------------------------------------------------------------
@@ -171,6 +212,11 @@ def test_every_unload_is_written_down(world: World) -> None:
     assert (told["claimed_mib"], told["returned_mib"]) == (9000, 8700)
     assert 0 < told["seconds_p50"] == told["seconds_max"] < 1
     assert shown(world, "paint")["unloads"] is None
+    ledger = world.broker.state.ledger
+    assert ledger.swap_seconds(["chat"], "paint") is None, "nobody saw paint load"
+    assert ledger.swap_seconds([], "chat") == account(world, "chat").observations[0].reload_seconds == 2.0
+    use(world, "paint", 14000)
+    assert ledger.swap_seconds(["chat"], "paint") == pytest.approx(2.0 + told["seconds_p50"])
 
 
 def leak(world: World, times: int) -> None:
