@@ -363,11 +363,11 @@ class Use:
 
     def seen(self, sight: Sight) -> Use:
         joins = sight.at - self.began_at < JOINS_WITHIN_SECONDS
-        use = replace(self, holds=self.holds | sight.holds) if joins else self
+        holds = self.holds | sight.holds if joins else self.holds
         if sight.held_mib is None or not sight.resident or sight.leaving:
-            return use
+            return replace(self, holds=holds)
         peak = {gpu: max(mib, self.peak_mib.get(gpu, 0)) for gpu, mib in sight.held_mib.items()}
-        return replace(use, peak_mib=peak, last_mib=sight.held_mib, last_at=sight.at)
+        return Use(holds, self.began_at, sight.at, peak, sight.held_mib)
 
     def goes_on(self, sight: Sight) -> bool:
         return not self.holds.isdisjoint(sight.holds) or (sight.works and not sight.holds)

@@ -36,6 +36,8 @@ OWED_MOST = 1000
 @dataclass
 class Ledger:
     accounts: dict[str, Account] = field(default_factory=dict)
+    changes: int = 0
+    """How often an account has changed."""
     _uses: dict[str, Use] = field(default_factory=dict)
     _loads: dict[str, Load] = field(default_factory=dict)
     _owed: list[tuple[str, Entry]] = field(default_factory=list)
@@ -49,6 +51,7 @@ class Ledger:
 
     def restore(self, kept: Mapping[str, Account], consumers: Iterable[Consumer]) -> None:
         """Before what this life has learned already. What was warned of in an earlier life is not news."""
+        self.changes += 1
         for name, account in kept.items():
             self.accounts[name] = self.account(name).after(account)
         for consumer in consumers:
@@ -67,6 +70,7 @@ class Ledger:
         name = consumer.name
         self.accounts[name] = self.account(name).with_entry(entry)
         self._owed.append((name, entry))
+        self.changes += 1
         found = warnings_of(consumer, self.accounts[name])
         for kind in found.keys() - self._warned.get(name, frozenset()):
             log.warning("%s consumer=%s: %s", kind, name, found[kind])

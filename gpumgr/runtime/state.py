@@ -127,6 +127,9 @@ class State:
         """Something begins to be loaded: the card is worth a look. Quick, and called with the lock held."""
         self.on_learned: Callable[[], None] = lambda: None
         """There is something for the store. The same."""
+        self._learned_from: Reading | None = None
+        self._sized_by: object = None
+        """What the sizes in force were derived from."""
         self._promises: dict[int, Consumer] = {}
         """Consumers whose size follows what is observed, as each hold was granted them."""
         self._configured = catalog
@@ -237,6 +240,11 @@ class State:
         """A size that has changed is in force from the next decision on."""
         if not any(consumer.auto for consumer in self._configured.consumers.values()):
             return
+        promised = [seq for seq in self._promises if seq in self.queue.holds]
+        derived_from = (self.ledger.changes, promised, [(ref, gpu.total_mib) for ref, gpu in self.readable.items()])
+        if derived_from == self._sized_by:
+            return
+        self._sized_by = derived_from
         before = self.catalog
         self._use_catalog()
         if self.catalog != before:
@@ -266,18 +274,21 @@ class State:
 
     def _learn(self, reading: Reading) -> None:
         """What a reading shows of those that are held, or were until now."""
+        if reading is self._learned_from:
+            return  # a preparation looks, and decides on the same
+        self._learned_from = reading
         used = {hold.consumer for hold in self.queue.holds.values()}
         told = [c for c in self.catalog.consumers.values() if c.name in used or self.ledger.follows(c.name)]
         if told:
-            at, holdings = rfc3339(self._clock.utc()), self.holdings(reading, {})
-            learned = [self.ledger.observe(each, self._sight(each, reading, holdings), at) for each in told]
+            at = rfc3339(self._clock.utc())
+            learned = [self.ledger.observe(each, self._sight(each, reading), at) for each in told]
             if any(learned):
                 self.on_learned()
         self._size_anew()
 
-    def _sight(self, consumer: Consumer, reading: Reading, holdings: Mapping[tuple[str, GpuRef], Holding]) -> Sight:
+    def _sight(self, consumer: Consumer, reading: Reading) -> Sight:
         name = consumer.name
-        held = [holdings[name, ref] for ref in consumer.gpus]
+        held = [self._holding(consumer, ref, reading, None) for ref in consumer.gpus]
         told = all(holding.exact for holding in held)
         return Sight(
             at=reading.read_at,
@@ -526,21 +537,24 @@ class State:
         return reading.believing(target.gpus, self.readable, held)
 
     def holdings(self, reading: Reading, reports: Mapping[str, Report]) -> dict[tuple[str, GpuRef], Holding]:
-        found = {}
-        for consumer in self.catalog.consumers.values():
-            remembered = self.memory[consumer.name]
-            for ref in consumer.gpus:
-                gpu = reading.gpu(ref)
-                found[consumer.name, ref] = assess(
-                    consumer,
-                    ref,
-                    driver_mib=None if gpu is None else gpu.held_mib(consumer.name),
-                    attributable=remembered.recognised or (gpu is not None and not gpu.hides_processes),
-                    report=reports.get(consumer.name),
-                    used_since_unload=remembered.used_since_unload,
-                    leftover_mib=remembered.leftover_mib.get(ref, 0),
-                )
-        return found
+        return {
+            (consumer.name, ref): self._holding(consumer, ref, reading, reports.get(consumer.name))
+            for consumer in self.catalog.consumers.values()
+            for ref in consumer.gpus
+        }
+
+    def _holding(self, consumer: Consumer, ref: GpuRef, reading: Reading, report: Report | None) -> Holding:
+        remembered = self.memory[consumer.name]
+        gpu = reading.gpu(ref)
+        return assess(
+            consumer,
+            ref,
+            driver_mib=None if gpu is None else gpu.held_mib(consumer.name),
+            attributable=remembered.recognised or (gpu is not None and not gpu.hides_processes),
+            report=report,
+            used_since_unload=remembered.used_since_unload,
+            leftover_mib=remembered.leftover_mib.get(ref, 0),
+        )
 
     def promised(self, holders: Iterable[str], holdings: Mapping[tuple[str, GpuRef], Holding]) -> dict[GpuRef, int]:
         """Per GPU, what these consumers were granted and have not taken yet. Two leases of one consumer share

@@ -293,6 +293,21 @@ def test_a_size_follows_after_five_uses() -> None:
     assert shown(world, "paint")["vram_resident_mib"] == 5500
 
 
+def test_each_gpu_has_its_own_size() -> None:
+    paint = replace(consumer("paint", (0, 0), gpus=(0, 1)), auto=True, unsized=True)
+    world = World(catalog(paint), totals_mib=(24000, 12000))
+    for _ in range(LEARNED_AFTER):
+        lease = world.grant("paint")
+        for gpu, mib in ((0, 9000), (1, 1000)):
+            world.card.set_used(world.services["paint"].pid, mib, gpu)
+        look(world)
+        world.broker.release(lease.token)
+        world.broker._look_at_work("paint", world.services["paint"])
+        look(world)
+    told = shown(world, "paint")
+    assert (told["vram_resident_mib"], told["observed"]["peak_mib"]) == ([9900, 1100], [9000, 1000])
+
+
 def beside_each_other() -> World:
     return World(catalog(auto("paint", beside=["chat"]), consumer("chat", 9000, beside=["paint"])))
 
