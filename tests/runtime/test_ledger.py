@@ -293,6 +293,22 @@ def test_a_size_follows_after_five_uses() -> None:
     assert shown(world, "paint")["vram_resident_mib"] == 5500
 
 
+def test_a_size_follows_when_the_tail_of_the_fifth_use_has_ended() -> None:
+    world = World(catalog(auto("paint", 14000)))
+    for _ in range(LEARNED_AFTER - 1):
+        use(world, "paint", 5000)
+    lease = world.grant("paint", loaded=False)
+    look(world)
+    world.services["paint"].computing = True
+    world.broker.release(lease.token)
+    look(world)
+    assert shown(world, "paint")["vram_resident_mib"] == 14000
+    world.services["paint"].computing = False
+    world.broker._look_at_work("paint", world.services["paint"])
+    look(world)
+    assert shown(world, "paint")["vram_resident_mib"] == 5500
+
+
 def test_each_gpu_has_its_own_size() -> None:
     paint = replace(consumer("paint", (0, 0), gpus=(0, 1)), auto=True, unsized=True)
     world = World(catalog(paint), totals_mib=(24000, 12000))
