@@ -295,9 +295,10 @@ def test_a_size_follows_after_five_uses() -> None:
 
 def test_a_size_follows_when_the_tail_of_the_fifth_use_has_ended() -> None:
     world = World(catalog(auto("paint", 14000)))
+    world.services["paint"].computing = False
     for _ in range(LEARNED_AFTER - 1):
         use(world, "paint", 5000)
-    lease = world.grant("paint", loaded=False)
+    lease = world.grant("paint")
     look(world)
     world.services["paint"].computing = True
     world.broker.release(lease.token)
