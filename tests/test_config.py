@@ -146,6 +146,11 @@ def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
         ({"consumers.comfyui.vram_resident_mib": None}, ["consumers.comfyui.vram_resident_mib is missing"]),
         ({"consumers.comfyui.vram_resident_mib": "14 GB"}, ["consumers.comfyui.vram_resident_mib", "whole number"]),
         ({"consumers.comfyui.vram_resident_mib": [1, 2]}, ["vram_resident_mib lists 2 sizes for 1 GPUs"]),
+        ({"consumers.comfyui.vram_declared_mib": 9000}, ["vram_declared_mib is only read with", "auto"]),
+        (
+            {"consumers.comfyui.vram_resident_mib": "auto", "consumers.comfyui.vram_declared_mib": [1, 2]},
+            ["vram_declared_mib lists 2 sizes for 1 GPUs"],
+        ),
         ({"consumers.comfyui.gpus": []}, ["consumers.comfyui.gpus"]),
         ({"consumers.comfyui.gpus": [0, 0]}, ["consumers.comfyui.gpus", "twice"]),
         ({"consumers.comfyui.gpus": [-1]}, ["consumers.comfyui.gpus"]),
@@ -242,6 +247,17 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     assert "cannot be read" in refusal(tmp_path / "nowhere.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "UTF-8" in refusal(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("declared", "sizes"), [(None, (0, 0)), (9000, (9000, 9000)), ([9000, 500], (9000, 500)), (0, (0, 0))]
+)
+def test_a_size_that_is_learned(tmp_path: Path, declared: Any, sizes: tuple[int, ...]) -> None:
+    keys = {"vram_resident_mib": "auto", "vram_declared_mib": declared, "gpus": [0, 1]}
+    changes = {f"consumers.comfyui.{key}": value for key, value in keys.items() if value is not None}
+    found = config.load_file(written(tmp_path, changes)).catalog.consumers["comfyui"]
+    assert (found.auto, found.vram_resident_mib) == (True, sizes)
+    assert (found.unsized, found.declared_mib) == ((True, ()) if declared is None else (False, sizes))
 
 
 def test_a_unit_is_named_as_systemctl_takes_it(tmp_path: Path) -> None:

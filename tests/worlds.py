@@ -23,6 +23,7 @@ from gpumgr.config import GpuSettings, LeaseSettings, Rest, SchedulingSettings, 
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
 from gpumgr.core.following import Work
 from gpumgr.core.lease import Call, EndReason, Lease, RequestKey
+from gpumgr.core.ledger import Account, Entry
 from gpumgr.core.placement import Report
 from gpumgr.errors import GpumgrError
 from gpumgr.runtime.broker import Broker, _hung_up
@@ -212,6 +213,7 @@ class LedgerStore:
         self._live: dict[str, tuple[KeptLease, str]] = {}
         self._over: dict[str, tuple[KeptLease, EndReason, float]] = {}
         self._totals: dict[str, Total] = {}
+        self.learned: dict[str, Account] = {}
         self._owed: list[Callable[[], None]] = []
 
     def open(self) -> Kept:
@@ -243,6 +245,7 @@ class LedgerStore:
                 ]
                 if lease.process is not None
             ],
+            learned=dict(self.learned),
         )
 
     def note(self, event: dict[str, Any]) -> None:
@@ -286,9 +289,11 @@ class LedgerStore:
     def paused(self, pause: Paused | None) -> None:
         self._owing(lambda: setattr(self, "pause", pause))
 
-    def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
+    def keep(self, totals: Mapping[str, Total], idle: Sequence[str], learned: Sequence[tuple[str, Entry]] = ()) -> None:
         self._require()
         self._totals |= totals
+        for name, entry in learned:
+            self.learned[name] = self.learned.get(name, Account()).with_entry(entry)
         self.quarantined -= set(idle)
 
     def try_again(self) -> None:
@@ -534,7 +539,10 @@ class World(Stand):
         self.callers.clear()
         self.preparations.clear()
         with suppress(StoreError):
-            self.store.keep(self.broker.state.take_totals(), self.broker._idle)  # its thread had the moment it needs
+            state = self.broker.state
+            self.store.keep(
+                state.take_totals(), self.broker._idle, state.ledger.take()
+            )  # its thread had the moment it needs
         if reboot:
             self.store.boot += "'"
         believes, asks_itself = self.broker.state.believes, self.broker.fresh is not None

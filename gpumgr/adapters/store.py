@@ -14,6 +14,9 @@ one writes that first, so that the file is true again with the first success.
     intent    who is being unloaded for whom
     total     per consumer
     event     the last ones, as status shows them
+    unload, observation, tally   each consumer's account: its last unloads, what it was last seen to hold, and sums
+
+A file of an earlier version is brought up by the steps it lacks, in one transaction.
 """
 
 from __future__ import annotations
@@ -32,13 +35,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from gpumgr.core import ledger
+from gpumgr.core.catalog import GpuRef
 from gpumgr.core.lease import EndReason, HolderProcess, Lease, LeaseBook, RequestKey
+from gpumgr.core.ledger import Account, Entry, Observation, Tally, Unloaded
 from gpumgr.runtime.ports import Clock, Kept, KeptLease, Paused, StoreError, Total
 
 log = logging.getLogger(__name__)
 
 FILE = "gpumgr.db"
-VERSION = 1
 BUSY_SECONDS = 1.0
 """How long somebody else who writes to the file, such as a backup, is waited for."""
 EVENTS_KEPT = 10_000
@@ -70,6 +75,26 @@ CREATE TABLE event (
     facts TEXT NOT NULL
 );
 """
+_LEDGER = """
+CREATE TABLE unload (
+    seq INTEGER PRIMARY KEY, consumer TEXT NOT NULL, at TEXT NOT NULL, claimed_mib INTEGER NOT NULL,
+    left_mib INTEGER NOT NULL, seconds REAL NOT NULL, share REAL, reason TEXT
+);
+CREATE TABLE observation (
+    seq INTEGER PRIMARY KEY, consumer TEXT NOT NULL, at TEXT NOT NULL, peak_mib TEXT NOT NULL,
+    resident_mib TEXT NOT NULL, reload_seconds REAL
+);
+CREATE TABLE tally (
+    consumer TEXT PRIMARY KEY, unloads INTEGER NOT NULL, failed INTEGER NOT NULL, claimed_mib INTEGER NOT NULL,
+    returned_mib INTEGER NOT NULL, seconds REAL NOT NULL, observations INTEGER NOT NULL
+) WITHOUT ROWID;
+"""
+VERSION = 2
+
+
+def _steps() -> tuple[str, ...]:
+    """What each version added to the one before it."""
+    return _SCHEMA, _LEDGER
 
 
 _HOLDER_PROCESS = """
@@ -175,8 +200,9 @@ class SqliteStore:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute(f"PRAGMA journal_size_limit = {LARGEST_WAL_BYTES}")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+            if version < VERSION:
+                steps = " ".join(_steps()[version:])
+                connection.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {VERSION}; COMMIT;")
             connection.execute(_HOLDER_PROCESS)
             self._make_room(connection)
         except BaseException:
@@ -218,6 +244,7 @@ class SqliteStore:
             evicting=list(dict.fromkeys(evicting)),
             pause=self._pause(connection, today),
             holders=list(named.values()),
+            learned=_accounts(connection),
         )
         connection.execute("COMMIT")
         return kept
@@ -356,9 +383,9 @@ class SqliteStore:
             writes = [_Write("INSERT OR REPLACE INTO meta VALUES ('pause', ?)", (text,))]
         self._write(writes, owed=writes)
 
-    def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
+    def keep(self, totals: Mapping[str, Total], idle: Sequence[str], learned: Sequence[tuple[str, Entry]] = ()) -> None:
         over = [_Write("UPDATE lease SET quarantined = 0 WHERE lease_id = ?", (lease_id,)) for lease_id in idle]
-        self._write([*_of_totals(totals), *over], owed=over, durable=bool(over))
+        self._write([*_of_totals(totals), *over, *_of_learned(learned)], owed=over, durable=bool(over))
 
     def try_again(self) -> None:
         """Writing one row is the only way to know."""
@@ -476,6 +503,56 @@ def _of_totals(totals: Mapping[str, Total]) -> list[_Write]:
     ]
 
 
+def _of_learned(learned: Sequence[tuple[str, Entry]]) -> list[_Write]:
+    writes = [_of_entry(name, entry) for name, entry in learned]
+    for name in dict.fromkeys(name for name, _ in learned):
+        tally = sum((ledger.tally_of(entry) for each, entry in learned if each == name), Tally())
+        sums = ", ".join(f"{column} = {column} + excluded.{column}" for column in _SUMS)
+        sql = f"INSERT INTO tally VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (consumer) DO UPDATE SET {sums}"  # noqa: S608
+        writes.append(_Write(sql, (name, *(getattr(tally, column) for column in _SUMS))))
+        for table in ("unload", "observation"):
+            last = f"SELECT seq FROM {table} WHERE consumer = ? ORDER BY seq DESC LIMIT 1 OFFSET ?"  # noqa: S608
+            trim = f"DELETE FROM {table} WHERE consumer = ? AND seq <= ({last})"  # noqa: S608 - our own names
+            writes.append(_Write(trim, (name, name, ledger.KEPT)))
+    return writes
+
+
+_SUMS = ("unloads", "failed", "claimed_mib", "returned_mib", "seconds", "observations")
+
+
+def _of_entry(name: str, entry: Entry) -> _Write:
+    if isinstance(entry, Unloaded):
+        values = (name, entry.at, entry.claimed_mib, entry.left_mib, entry.seconds, entry.share, entry.reason)
+        columns = "consumer, at, claimed_mib, left_mib, seconds, share, reason"
+        return _Write(f"INSERT INTO unload ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)  # noqa: S608
+    sizes = (json.dumps({str(gpu): mib for gpu, mib in each.items()}) for each in (entry.peak_mib, entry.resident_mib))
+    columns = "consumer, at, peak_mib, resident_mib, reload_seconds"
+    return _Write(
+        f"INSERT INTO observation ({columns}) VALUES (?, ?, ?, ?, ?)",  # noqa: S608
+        (name, entry.at, *sizes, entry.reload_seconds),
+    )
+
+
+def _accounts(connection: sqlite3.Connection) -> dict[str, Account]:
+    unloads: dict[str, list[Unloaded]] = {}
+    for row in _rows(connection, "SELECT * FROM unload ORDER BY seq"):
+        facts = ("at", "claimed_mib", "left_mib", "seconds", "share", "reason")
+        unloads.setdefault(row["consumer"], []).append(Unloaded(*(row[fact] for fact in facts)))
+    observations: dict[str, list[Observation]] = {}
+    for row in _rows(connection, "SELECT * FROM observation ORDER BY seq"):
+        peak, resident = _sizes(row["peak_mib"]), _sizes(row["resident_mib"])
+        found = Observation(row["at"], peak, resident, row["reload_seconds"])
+        observations.setdefault(row["consumer"], []).append(found)
+    return {
+        name: Account(tuple(unloads.get(name, ())), tuple(observations.get(name, ())), Tally(*sums))
+        for name, *sums in connection.execute(f"SELECT consumer, {', '.join(_SUMS)} FROM tally")  # noqa: S608
+    }
+
+
+def _sizes(text: str) -> dict[GpuRef, int]:
+    return {int(gpu) if gpu.isdecimal() else gpu: mib for gpu, mib in json.loads(text).items()}
+
+
 class NoStore:
     """Keeps nothing: for a broker that is not to outlive its process, as in a bench of the rules."""
 
@@ -503,7 +580,7 @@ class NoStore:
     def paused(self, pause: Paused | None) -> None:
         pass
 
-    def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
+    def keep(self, totals: Mapping[str, Total], idle: Sequence[str], learned: Sequence[tuple[str, Entry]] = ()) -> None:
         pass
 
     def try_again(self) -> None:

@@ -273,7 +273,7 @@ def _consumer(name: str, consumers: Section, environ: Mapping[str, str]) -> tupl
         public_url=section.take("public_url", check.url, "") or url,
         dialect=dialect,
         gpus=gpus,
-        vram_resident_mib=_sizes(section, gpus),
+        **_sizes(section, gpus),
         residual_mib=section.take("residual_mib", check.whole(0), RESIDUAL_MIB.get(dialect, 768)),
         can_coexist_with=frozenset(section.take("can_coexist_with", check.texts, no_texts)),
         max_concurrency=section.take("max_concurrency", check.whole(1), 1),
@@ -319,7 +319,9 @@ def _url(section: Section, dialect: str) -> str | None:
     return section.need("url", check.url, "write its address, such as http://127.0.0.1:8188")
 
 
-def _sizes(section: Section, gpus: tuple[GpuRef, ...]) -> tuple[int, ...]:
+def _sizes(section: Section, gpus: tuple[GpuRef, ...]) -> dict[str, Any]:
+    """What a consumer needs on each GPU: declared, or learned."""
+
     def sizes(where: str, value: Any) -> tuple[int, ...]:
         if not isinstance(value, list):
             return (check.whole(0)(where, value),) * len(gpus)
@@ -329,7 +331,24 @@ def _sizes(section: Section, gpus: tuple[GpuRef, ...]) -> tuple[int, ...]:
             )
         return tuple(check.whole(0)(f"{where}[{i}]", item) for i, item in enumerate(value))
 
-    return section.need("vram_resident_mib", sizes, "write how many MiB it holds when it is loaded")
+    def sizes_or_auto(where: str, value: Any) -> tuple[int, ...] | None:
+        if isinstance(value, str) and value != "auto":
+            raise ConfigError(f"{where} must be a whole number, a list of them, or auto, not {check.shown(value)}")
+        return None if value == "auto" else sizes(where, value)
+
+    remedy = "write how many MiB it holds when it is loaded, or auto"
+    size = section.need("vram_resident_mib", sizes_or_auto, remedy)
+    nothing: tuple[int, ...] = ()
+    declared = section.take("vram_declared_mib", sizes, nothing)
+    if size is not None:
+        if declared:
+            raise ConfigError(
+                f"{section.path('vram_declared_mib')} is only read with vram_resident_mib: auto: write that, or remove "
+                "this key"
+            )
+        return {"vram_resident_mib": size}
+    at_first = declared or (0,) * len(gpus)
+    return {"vram_resident_mib": at_first, "auto": True, "declared_mib": declared, "unsized": not declared}
 
 
 CONDITIONS = ("above", "below", "equals", "not_equals")

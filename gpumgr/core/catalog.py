@@ -21,7 +21,8 @@ GpuRef = int | str
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """A configured service that uses the GPU. ``vram_resident_mib`` holds one number for each of ``gpus``."""
+    """A configured service that uses the GPU. ``vram_resident_mib`` holds one number for each of ``gpus``: the size in
+    force, which of an ``auto`` consumer core/ledger.py derives from what was observed."""
 
     name: str
     url: str | None
@@ -36,9 +37,14 @@ class Consumer:
     unload_timeout_seconds: float = 30.0
     retired: bool = False
     """It has left the configuration, and a lease of it has not ended yet: nobody else is granted it."""
+    auto: bool = False
+    declared_mib: tuple[int, ...] = ()
+    """Of an ``auto`` consumer: its size until enough was observed; empty where the file says none."""
+    unsized: bool = False
+    """Nobody knows yet what it needs: it coexists with nobody."""
 
     def needs_mib(self, gpu: GpuRef) -> int:
-        """Declared MiB on this GPU; 0 where it does not use it."""
+        """MiB of its size on this GPU; 0 where it does not use it."""
         for ref, mib in zip(self.gpus, self.vram_resident_mib, strict=True):
             if ref == gpu:
                 return mib
@@ -82,7 +88,9 @@ class Catalog:
 
     def may_coexist(self, a: str, b: str) -> bool:
         """Whether both may have memory on one GPU at a time. A consumer coexists with itself."""
-        return a == b or (b in self.consumers[a].can_coexist_with and a in self.consumers[b].can_coexist_with)
+        one, other = self.consumers[a], self.consumers[b]
+        mutual = b in one.can_coexist_with and a in other.can_coexist_with
+        return a == b or (mutual and not one.unsized and not other.unsized)
 
     def exclude(self, a: str, b: str) -> bool:
         """Two different consumers that may not be on the card together: they share a GPU and do not coexist."""

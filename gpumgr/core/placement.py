@@ -90,6 +90,8 @@ class Victim:
     """By the card, and not by its own word."""
     cause: str = ""
     """What its last unload call failed with."""
+    returned_share: float | None = None
+    """How much came back of what had to (core/ledger.py); None where the driver did not say."""
 
 
 @dataclass(frozen=True)
@@ -509,8 +511,9 @@ def insufficient(target: Consumer, view: View) -> InsufficientVram:
     needed = target.needs_mib(worst)
     short = max(0, _shortfall_on(target, view, worst))
     strangers = sorted(gpu.untracked, key=lambda p: -(p.used_mib or 0))
+    size = f"half of the card, {needed} MiB, until its size is learned" if target.unsized else f"{needed} MiB"
     message = (
-        f"{target.name} needs {needed} MiB on GPU {worst} ({gpu.name}); {gpu.free_mib} of {gpu.total_mib} MiB are "
+        f"{target.name} needs {size} on GPU {worst} ({gpu.name}); {gpu.free_mib} of {gpu.total_mib} MiB are "
         f"free, {view.headroom_mib} MiB are headroom"
     )
     promised = view.promised_mib.get(worst, 0)

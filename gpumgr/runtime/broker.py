@@ -149,6 +149,7 @@ class Broker:
         which resolves UUIDs and warns of consumers that can never fit, or without it where the driver hangs."""
         self.started_at = self.clock.utc()
         self.state.on_event = self._note_down
+        self.state.on_load, self.state.on_learned = self._card.nudge, self._keeper.nudge
         self._restore()
         self._keeper.start()
         self._card.start()
@@ -271,12 +272,13 @@ class Broker:
         if not self.state.stopping:
             self._pause(KEEP_TOGETHER_SECONDS)
         with self.state.lock:
-            totals, idle = self.state.take_totals(), list(self._idle)
+            totals, idle, learned = self.state.take_totals(), list(self._idle), self.state.ledger.take()
         try:
-            self.store.keep(totals, idle)
+            self.store.keep(totals, idle, learned)
         except StoreError as error:
             with self.state.lock:
                 self.state.dirty.update(totals)
+                self.state.ledger.give_back(learned)
             store_failed(self.state, error)
             return STORE_AGAIN_SECONDS
         with self.state.lock:
@@ -806,12 +808,12 @@ class Broker:
                     self.state.abandon(ticket)
 
     def observe_card(self) -> float:
-        """Read the card for status; the seconds until the next look."""
+        """Read the card for status, and to learn from it; the seconds until the next look."""
         reading = self._probe.read()
         with self.state.lock:
             self.state.note_reading(reading)
             self._card_read.notify_all()
-        return CARD_EACH_SECONDS
+            return self.state.ledger.look_again_seconds(CARD_EACH_SECONDS, self.clock.monotonic())
 
     def fresh_card(self, at_most_seconds: float) -> None:
         """Have the card read now; return when it was, or after ``at_most_seconds`` where the driver hangs."""

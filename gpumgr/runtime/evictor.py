@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 
 from gpumgr.core.card import Reading
 from gpumgr.core.catalog import Consumer, GpuRef
+from gpumgr.core.ledger import returned_share
 from gpumgr.core.placement import Holding, KeptReason, Victim, given_back
 from gpumgr.runtime.ports import BackendError, Clock, Dialect, Probe
 
@@ -71,6 +72,8 @@ class _Unload:
     judged: bool = False
     seen_mib: int = 0
     still: dict[GpuRef, int] = field(default_factory=dict)
+    told: dict[GpuRef, int | None] = field(default_factory=dict)
+    """What the driver said last that it holds; None where it did not say."""
     still_since: float = 0.0
 
     @property
@@ -263,6 +266,7 @@ class Evictor:
     def _given_back(self, unload: _Unload, reading: Reading, now: float) -> bool:
         """Proved by the card where that can be read; where not, its own word may do."""
         unseen = [gpu for gpu in unload.gpus if reading.problems([gpu])]
+        unload.told = {gpu: _held(unload.consumer, gpu, reading) for gpu in unload.gpus}
         if unseen and not (unload.believe and self._said_gone(unload, unseen, now)):
             return False
         seen = [gpu for gpu in unload.gpus if gpu not in unseen]
@@ -318,6 +322,7 @@ class Evictor:
             asked=unload.dialect.can_unload,
             proved=unload.proved,
             cause=self._cause(unload),
+            returned_share=returned_share(unload.consumer.residual_mib, unload.before, unload.told),
         )
 
     @staticmethod

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from gpumgr.core.card import Reading
 from gpumgr.core.following import Work
 from gpumgr.core.lease import EndReason, HolderProcess, Lease, RequestKey
+from gpumgr.core.ledger import Account, Entry
 from gpumgr.core.placement import Report
 
 
@@ -183,6 +184,8 @@ class Kept:
     """Consumers that were being unloaded when the process ended: nobody knows what came of it."""
     holders: Sequence[tuple[HolderProcess, str]] = ()
     """Processes that holders named, the oldest first, and the consumers of their leases, which may be over."""
+    learned: Mapping[str, Account] = field(default_factory=dict)
+    """What unloads gave back and what was observed, by consumer."""
 
 
 class Store(Protocol):
@@ -213,9 +216,9 @@ class Store(Protocol):
     def paused(self, pause: Paused | None) -> None:
         """Durably: an operator keeps the card free; None: not any more."""
 
-    def keep(self, totals: Mapping[str, Total], idle: Sequence[str]) -> None:
-        """Events and totals, and the leases (by id) whose quarantine is over. It survives the process, not a loss of
-        power."""
+    def keep(self, totals: Mapping[str, Total], idle: Sequence[str], learned: Sequence[tuple[str, Entry]] = ()) -> None:
+        """Events and totals, the leases (by id) whose quarantine is over, and what is new in the consumers' accounts.
+        It survives the process, not a loss of power. What was learned is not owed where this fails."""
 
     def try_again(self) -> None:
         """Durably, whatever is owed."""

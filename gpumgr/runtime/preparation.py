@@ -279,8 +279,11 @@ class Preparation:
                 state.queue.take_out(name)
             self._ticket.step = f"unloading {', '.join(decision.consumers)}"
         elif isinstance(decision, Grant):
+            held = [view.held(self._target.name, gpu) for gpu in self._target.gpus]
             self._loaded = self._loaded or self._is_loaded(view)
             if not self._must_load():
+                comes = not self._load_called and all(each.exact and each.resident is False for each in held)
+                state.note_granting(self._ticket, holds_mib=sum(each.held_mib for each in held) if comes else None)
                 self._ticket.granting = True
                 self._ticket.step = WRITING
                 state.queue.holds[self._ticket.seq].phase = Phase.GRANTING
@@ -477,6 +480,7 @@ class Preparation:
         consumer, reason, _ = facts.pop("consumer"), facts.pop("reason"), facts.pop("asked")
         if not facts["cause"]:
             del facts["cause"]
+        del facts["returned_share"]
         if facts.pop("proved") is False and reason is None:
             facts["proof"] = "its own word: the card could not be read"
         facts["for"] = self._target.name
@@ -497,6 +501,7 @@ class Preparation:
             self._require_wanted()
             self._ticket.step = f"loading {name}"
             self._state.note_loading(name)
+            self._state.note_load_called(name)
         self._load_called = True
         try:
             if self._ticket.restoring:

@@ -11,6 +11,7 @@ from gpumgr import __version__
 from gpumgr.core.card import GpuProcess, GpuReading
 from gpumgr.core.catalog import Consumer, GpuRef
 from gpumgr.core.lease import Lease
+from gpumgr.core.ledger import Account, observed_figures, unload_figures, warnings_of
 from gpumgr.core.placement import Holding
 from gpumgr.core.queue import Hold, Phase, WaitingFor
 from gpumgr.runtime.broker import Broker
@@ -107,14 +108,15 @@ def _consumer(broker: Broker, consumer: Consumer, holdings: dict[tuple[str, GpuR
     state = broker.state
     memory = state.memory[consumer.name]
     held = [holdings[consumer.name, ref] for ref in consumer.gpus]
-    sizes = set(consumer.vram_resident_mib)
     return {
         "name": consumer.name,
         "kinds": state.catalog.kinds_of(consumer.name),
         "dialect": consumer.dialect,
         "url": consumer.url,
         "gpus": list(consumer.gpus),
-        "vram_resident_mib": consumer.vram_resident_mib[0] if len(sizes) == 1 else list(consumer.vram_resident_mib),
+        "vram_resident_mib": None if consumer.unsized else _mib(consumer.vram_resident_mib),
+        "declared_mib": _mib(consumer.declared_mib if consumer.auto else consumer.vram_resident_mib),
+        "auto": consumer.auto,
         "held_mib": sum(h.held_mib for h in held) if all(h.resident is not None for h in held) else None,
         "can_coexist_with": sorted(consumer.can_coexist_with),
         "healthy": memory.healthy,
@@ -126,7 +128,49 @@ def _consumer(broker: Broker, consumer: Consumer, holdings: dict[tuple[str, GpuR
         "total_requests": memory.total_requests,
         "evictions": memory.evictions,
         "last_used_at": rfc3339(memory.last_used_at) if memory.last_used_at else None,
+        **_learned(consumer, state.ledger.account(consumer.name)),
     }
+
+
+def _mib(sizes: tuple[int, ...]) -> int | list[int] | None:
+    """One number where all its GPUs have the same, None where there is none."""
+    return None if not sizes else sizes[0] if len(set(sizes)) == 1 else list(sizes)
+
+
+def _learned(consumer: Consumer, account: Account) -> dict[str, Any]:
+    observed, unloads = observed_figures(consumer, account), unload_figures(account)
+    return {
+        "observed": None
+        if observed is None
+        else {
+            "count": observed.count,
+            "resident_mib": _mib(observed.resident_mib),
+            "resident_p95_mib": _mib(observed.resident_p95_mib),
+            "peak_mib": _mib(observed.peak_mib),
+            "peak_p95_mib": _mib(observed.peak_p95_mib),
+            "reload_seconds": _rounded(observed.reload_seconds),
+        },
+        "unloads": None
+        if unloads is None
+        else {
+            "count": unloads.count,
+            "failed": unloads.failed,
+            "claimed_mib": account.tally.claimed_mib,
+            "returned_mib": account.tally.returned_mib,
+            "measured": unloads.measured,
+            "returned_share": _rounded(unloads.returned_share),
+            "residual_mib": unloads.residual_mib,
+            "seconds_mean": _rounded(unloads.seconds_mean),
+            "seconds_p50": _rounded(unloads.seconds_p50),
+            "seconds_p95": _rounded(unloads.seconds_p95),
+            "seconds_max": _rounded(unloads.seconds_max),
+        },
+        "warnings": list(warnings_of(consumer, account).values()),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
 
 
 def _any(truths: list[bool | None]) -> bool | None:

@@ -20,6 +20,7 @@ from gpumgr.core.card import GpuProcess, GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
 from gpumgr.core.following import Followed
 from gpumgr.core.lease import Call, EndReason, Lease, LeaseBook, RequestKey
+from gpumgr.core.ledger import Sight, keeping_promises, sized
 from gpumgr.core.outside import Game, Outside, Pause
 from gpumgr.core.placement import (
     Decision,
@@ -38,6 +39,7 @@ from gpumgr.core.placement import (
 )
 from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
 from gpumgr.errors import GpumgrError, RequestEnded
+from gpumgr.runtime.ledger import Ledger
 from gpumgr.runtime.ports import Clock, Kept, KeptLease, Total
 from gpumgr.runtime.refusals import scheduler_timeout
 from gpumgr.runtime.ticket import Ask, Ticket
@@ -137,6 +139,16 @@ class State:
         self.dirty: set[str] = set()
         """Consumers whose totals have changed since they were written."""
         self.on_event: Callable[[dict[str, Any]], None] = lambda _event: None
+        self.ledger = Ledger()
+        self.on_load: Callable[[], None] = lambda: None
+        """Something begins to be loaded: the card is worth a look. Quick, and called with the lock held."""
+        self.on_learned: Callable[[], None] = lambda: None
+        """There is something for the store. The same."""
+        self._learned_from: Reading | None = None
+        self._sized_by: object = None
+        """What the sizes in force were derived from."""
+        self._promises: dict[int, Consumer] = {}
+        """Consumers whose size follows what is observed, as each hold was granted them."""
         self._configured = catalog
         self._kept: dict[str, KeptLease] = {}
         """Consumers that the configuration knows not, or otherwise, by name, with a lease that they still have."""
@@ -177,6 +189,8 @@ class State:
         now = self._clock.monotonic()
         self.restored = True
         self.leases.start_fence(kept.fence)
+        self.ledger.restore(kept.learned, self.catalog.consumers.values())
+        self._use_catalog()
         for each in kept.leases:
             self._keep_consumer(each)
         for each in kept.leases:
@@ -189,6 +203,7 @@ class State:
                 remembered.total_requests += total.requests
                 remembered.evictions += total.evictions
                 remembered.last_used_at = remembered.last_used_at or total.last_used_at
+        self._use_catalog()
         self.events.extendleft(reversed(kept.events[-EVENTS_KEPT + len(self.events) :]))
         for lease in kept.rebooted:
             facts = {"lease_id": lease.lease_id, "holder": lease.holder, "reason": EndReason.HOST_REBOOT.value}
@@ -209,6 +224,8 @@ class State:
         hold = self.queue.restore(lease.consumer, Phase.QUARANTINE if kept.quarantined else Phase.LIVE)
         self.memory[lease.consumer].uses += 1
         self.memory[lease.consumer].used_since_unload = True
+        granted = replace(self.catalog.consumers[lease.consumer], gpus=lease.gpus, vram_resident_mib=kept.sizes_mib)
+        self._promise(hold.seq, granted)
         if kept.quarantined:
             self.quarantines[hold.seq] = Quarantine(lease.lease_id, lease.consumer, hold.seq)
             return
@@ -217,7 +234,7 @@ class State:
         self.leases.restore(replace(lease, seq=hold.seq, hold_until=until), now)
 
     def _use_catalog(self) -> None:
-        catalog = self._configured.resolved(self.reading)
+        catalog = self._sized(self._configured.resolved(self.reading))
         for kept in self._kept.values():
             pairs = zip(_both(kept.lease), kept.sizes_mib, strict=True)
             known = catalog.consumers.get(kept.lease.consumer)
@@ -225,6 +242,86 @@ class State:
             more = [(ref, mib) for (ref, uuid), mib in pairs if {ref, uuid}.isdisjoint(names)]
             catalog = catalog.keeping(kept.lease.consumer, tuple(ref for ref, _ in more), tuple(mib for _, mib in more))
         self.queue.resolve(catalog)
+
+    # -- sizes that are learned -----------------------------------------------------------------------------
+
+    def _sized(self, catalog: Catalog) -> Catalog:
+        """With the sizes in force (core/ledger.py)."""
+        lends = {ref: max(0, gpu.total_mib - self._headroom_mib) for ref, gpu in self.readable.items()}
+        self._promises = {seq: each for seq, each in self._promises.items() if seq in self.queue.holds}
+        consumers = {}
+        for name, consumer in catalog.consumers.items():
+            promised = [each for each in self._promises.values() if each.name == name]
+            consumers[name] = keeping_promises(sized(consumer, self.ledger.account(name), lends), promised)
+        return replace(catalog, consumers=consumers)
+
+    def _size_anew(self) -> None:
+        """A size that has changed is in force from the next decision on."""
+        if not any(consumer.auto for consumer in self._configured.consumers.values()):
+            return
+        promised = [seq for seq in self._promises if seq in self.queue.holds]
+        derived_from = (self.ledger.changes, promised, [(ref, gpu.total_mib) for ref, gpu in self.readable.items()])
+        if derived_from == self._sized_by:
+            return
+        self._sized_by = derived_from
+        before = self.catalog
+        self._use_catalog()
+        if self.catalog != before:
+            self.advance()
+
+    def _promise(self, seq: int, granted: Consumer) -> None:
+        if granted.auto:
+            self._promises[seq] = granted
+
+    def note_granting(self, ticket: Ticket, *, holds_mib: int | None = None) -> None:
+        """``holds_mib``: what it holds, where it is not on the card yet; None: it is, or nobody knows."""
+        consumer = self.catalog.consumers[ticket.consumer.name]
+        self._promise(ticket.seq, consumer)
+        now, at = self._clock.monotonic(), rfc3339(self._clock.utc())
+        self.ledger.begin_use(consumer, ticket.seq, self._grants(consumer.name) - {ticket.seq}, now, at)
+        if holds_mib is not None:
+            self._begin_load(consumer, holds_mib)
+
+    def note_load_called(self, consumer: str) -> None:
+        found = self.catalog.consumers[consumer]
+        held = (self.reading.gpu(ref) for ref in found.gpus)
+        self._begin_load(found, sum((gpu.held_mib(consumer) or 0) for gpu in held if gpu is not None))
+
+    def _begin_load(self, consumer: Consumer, held_mib: int) -> None:
+        self.ledger.begin_load(consumer, held_mib, self._clock.monotonic())
+        self.on_load()
+
+    def _learn(self, reading: Reading) -> None:
+        """What a reading shows of those that are held, or were until now."""
+        if reading is self._learned_from:
+            return  # a preparation looks, and decides on the same
+        self._learned_from = reading
+        used = {hold.consumer for hold in self.queue.holds.values()}
+        told = [c for c in self.catalog.consumers.values() if c.name in used or self.ledger.follows(c.name)]
+        if told:
+            at = rfc3339(self._clock.utc())
+            learned = [self.ledger.observe(each, self._sight(each, reading), at) for each in told]
+            if any(learned):
+                self.on_learned()
+        self._size_anew()
+
+    def _sight(self, consumer: Consumer, reading: Reading) -> Sight:
+        name = consumer.name
+        held = [self._holding(consumer, ref, reading, None) for ref in consumer.gpus]
+        told = all(holding.exact for holding in held)
+        return Sight(
+            at=reading.read_at,
+            holds=self._grants(name),
+            works=self.memory[name].tail or self.computing(name) == "tail",
+            leaving=self.queue.is_unloading(name),
+            resident=any(holding.resident for holding in held),
+            held_mib={ref: each.held_mib for ref, each in zip(consumer.gpus, held, strict=True)} if told else None,
+        )
+
+    def _grants(self, consumer: str) -> frozenset[int]:
+        return frozenset(hold.seq for hold in self.queue.holds_of(consumer) if hold.phase is not Phase.PREPARING)
+
+    # -- coming and going -----------------------------------------------------------------------------------
 
     def leave(self, seq: int, consumer: str) -> None:
         """A hold is over. A consumer that was only kept for it goes with it."""
@@ -393,6 +490,7 @@ class State:
         self.memory[ticket.consumer.name].uses += 1
         self.queue.admit(ticket.entry).phase = Phase.GRANTING
         ticket.granting = True
+        self.note_granting(ticket)
 
     def _note_would(self, ticket: Ticket) -> None:
         name = ticket.consumer.name
@@ -525,21 +623,24 @@ class State:
         return reading.believing(target.gpus, self.readable, held)
 
     def holdings(self, reading: Reading, reports: Mapping[str, Report]) -> dict[tuple[str, GpuRef], Holding]:
-        found = {}
-        for consumer in self.catalog.consumers.values():
-            remembered = self.memory[consumer.name]
-            for ref in consumer.gpus:
-                gpu = reading.gpu(ref)
-                found[consumer.name, ref] = assess(
-                    consumer,
-                    ref,
-                    driver_mib=None if gpu is None else gpu.held_mib(consumer.name),
-                    attributable=remembered.recognised or (gpu is not None and not gpu.hides_processes),
-                    report=reports.get(consumer.name),
-                    used_since_unload=remembered.used_since_unload,
-                    leftover_mib=remembered.leftover_mib.get(ref, 0),
-                )
-        return found
+        return {
+            (consumer.name, ref): self._holding(consumer, ref, reading, reports.get(consumer.name))
+            for consumer in self.catalog.consumers.values()
+            for ref in consumer.gpus
+        }
+
+    def _holding(self, consumer: Consumer, ref: GpuRef, reading: Reading, report: Report | None) -> Holding:
+        remembered = self.memory[consumer.name]
+        gpu = reading.gpu(ref)
+        return assess(
+            consumer,
+            ref,
+            driver_mib=None if gpu is None else gpu.held_mib(consumer.name),
+            attributable=remembered.recognised or (gpu is not None and not gpu.hides_processes),
+            report=report,
+            used_since_unload=remembered.used_since_unload,
+            leftover_mib=remembered.leftover_mib.get(ref, 0),
+        )
 
     def promised(self, holders: Iterable[str], holdings: Mapping[tuple[str, GpuRef], Holding]) -> dict[GpuRef, int]:
         """Per GPU, what these consumers were granted and have not taken yet. Two leases of one consumer share
@@ -610,6 +711,7 @@ class State:
         self._lower_leftovers(reading)
         self.outside = self.outside.reading(reading)
         self._note_residents(reading)
+        self._learn(reading)
 
     def _note_residents(self, reading: Reading) -> None:
         """Since when each is on the card, and who should not be there."""
@@ -691,6 +793,7 @@ class State:
     def note_victim(self, victim: Victim, reading: Reading, *, wanted_back: bool) -> None:
         """``wanted_back``: it goes for somebody else's sake."""
         remembered = self.memory[victim.consumer]
+        self.ledger.unloaded(self.catalog.consumers[victim.consumer], victim, rfc3339(self._clock.utc()))
         if victim.reason is None:
             remembered.wanted_back = wanted_back
             remembered.evictions += victim.asked

@@ -69,7 +69,8 @@ class Card:
 
 @dataclass(frozen=True)
 class Consumer:
-    """``share``: percent of its declared size that it holds, None where either is not known."""
+    """``share``: percent of its size that it holds, None where either is not known. ``seen``: what it was observed to
+    hold; ``returned``: what its unloads gave back; both empty where nothing was observed yet."""
 
     look: Look
     name: str
@@ -77,6 +78,9 @@ class Consumer:
     url: str
     memory: str
     share: float | None
+    seen: str
+    warnings: Sequence[str]
+    returned: str
     resident: str
     in_use: str
     in_use_means: str
@@ -346,6 +350,9 @@ class _Showing:
             url=plain(consumer.get("url") or ""),
             memory=_memory(consumer),
             share=_share(consumer),
+            seen=words.seen(consumer),
+            warnings=words.warnings(consumer),
+            returned=words.returned(consumer.get("unloads")),
             resident=_truth(consumer.get("resident"), "resident", "not resident", "not known whether resident"),
             in_use="idle" if in_use is None else word,
             in_use_means="nobody holds it" if in_use is None else means,
@@ -472,8 +479,11 @@ def _by_size(process: Facts) -> tuple[bool, int]:
 def _memory(consumer: Facts) -> str:
     declared = consumer.get("vram_resident_mib")
     held = number(consumer.get("held_mib"))
+    shown = "?" if held is None else f"{held:.0f}"
+    if declared is None and consumer.get("auto") is True:
+        return f"{shown} MiB"  # nobody knows yet of how much
     sizes = " + ".join(plain(each) for each in declared) if isinstance(declared, list) else words.known(declared)
-    return f"{'?' if held is None else f'{held:.0f}'} of {sizes} MiB"
+    return f"{shown} of {sizes} MiB"
 
 
 def _share(consumer: Facts) -> float | None:

@@ -139,6 +139,40 @@ def known(value: object) -> str:
     return NOT_KNOWN if value is None else plain(value)
 
 
+def seen(consumer: Facts) -> str:
+    """What it was observed to hold, and where its size comes from, in some words."""
+    found = consumer.get("observed")
+    observed: Facts = found if isinstance(found, Mapping) else {}
+    peak = plain(observed.get("peak_p95_mib")).replace(", ", " + ") if observed.get("peak_p95_mib") is not None else ""
+    words = f"peak {peak} MiB in {_uses(observed.get('count'))}" if peak else ""
+    if consumer.get("auto") is not True:
+        return words
+    if consumer.get("vram_resident_mib") is None:
+        return f"size not known yet: runs alone; {words or 'no uses seen'}"
+    return f"auto size; {words or 'no uses seen'}"
+
+
+def _uses(count: object) -> str:
+    return "1 use" if count == 1 else f"{known(count)} uses"
+
+
+def returned(unloads: object) -> str:
+    """What unloads gave back, and how fast."""
+    if not isinstance(unloads, Mapping):
+        return ""
+    share, seconds = number(unloads.get("returned_share")), number(unloads.get("seconds_p50"))
+    back = "" if share is None else f"{math.floor(100 * share)} % back"
+    return ", ".join(part for part in (back, "" if seconds is None else span(seconds)) if part)
+
+
+def warnings(consumer: Facts) -> list[str]:
+    """Each with whom it is about, once."""
+    found = consumer.get("warnings")
+    name = known(consumer.get("name"))
+    said = [plain(each) for each in found] if isinstance(found, list) else []
+    return [each if each.startswith(f"{name} ") else f"{name}: {each}" for each in said]
+
+
 def event(told: Facts) -> tuple[str, str]:
     """What happened in words, and the facts that the words leave out."""
     facts = {key: value for key, value in told.items() if key not in SECRET | {"at", "type", "consumer"}}

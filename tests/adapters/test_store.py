@@ -17,6 +17,7 @@ import pytest
 from gpumgr.adapters import store as stores
 from gpumgr.adapters.store import EVENTS_KEPT, LONGEST_FACTS, SqliteStore, Unusable, examine
 from gpumgr.core.lease import EndReason, Lease, RequestKey
+from gpumgr.core.ledger import KEPT, Account, Observation, Unloaded
 from gpumgr.runtime.ports import KeptLease, StoreError, Total
 from tests.worlds import ManualClock
 
@@ -270,6 +271,59 @@ def test_a_newer_one_s_file_is_refused_and_left_as_it_is(disk: Disk) -> None:
     with pytest.raises(Unusable, match=r"newer gpumgr .version 7"):
         examine(disk.file)
     assert disk.file.read_bytes() == before
+
+
+def test_a_file_of_the_version_before_is_brought_up_with_all_that_is_in_it(disk: Disk) -> None:
+    lease = disk.kept().lease
+    with closing(sqlite3.connect(disk.file)) as connection:
+        connection.executescript(f"{stores._SCHEMA} PRAGMA user_version = 1;")
+    with closing(sqlite3.connect(disk.file)) as connection, connection:
+        values = (lease.fence, lease.lease_id, lease.token, "comfyui", TTL, disk.clock.utc().isoformat(), disk.boot)
+        connection.execute(
+            "INSERT INTO lease VALUES (?, ?, ?, ?, NULL, NULL, NULL, '[0]', '[null]', '[9000]', ?, ?, 0, ?, 'life', "
+            "'live', NULL, 0)",
+            values,
+        )
+        connection.execute("INSERT INTO total VALUES ('comfyui', 7, 2, NULL)")
+    examine(disk.file)
+    kept = disk.life().open()
+    assert [each.lease.token for each in kept.leases] == [lease.token]
+    assert kept.totals["comfyui"].requests == 7
+    assert kept.learned == {}
+    assert disk.rows("PRAGMA user_version") == [(stores.VERSION,)]
+    disk.opened[0].keep({}, [], [("comfyui", UNLOADED)])
+    examine(disk.file)
+    assert disk.life().open().learned["comfyui"].unloads == (UNLOADED,)
+
+
+# -- what was learned ---------------------------------------------------------------------------------------
+
+UNLOADED = Unloaded("2026-11-25T09:00:00.000Z", 9000, 400, 0.31, 1.0)
+FAILED = Unloaded("2026-11-25T09:01:00.000Z", 9000, 8000, 30.0, None, "kept")
+OBSERVED = Observation("2026-11-25T09:02:00.000Z", {0: 9000, 1: 200}, {0: 8000, 1: 0}, 4.25)
+
+
+def test_what_was_learned_outlives_the_process(disk: Disk) -> None:
+    store = disk.life()
+    store.open()
+    store.keep({}, [], [("comfyui", UNLOADED), ("chat", FAILED), ("comfyui", OBSERVED)])
+    store.keep({}, [], [("comfyui", replace(OBSERVED, reload_seconds=None))])
+    store.close()
+    learned = disk.life().open().learned
+    expected = Account().with_entry(UNLOADED).with_entry(OBSERVED).with_entry(replace(OBSERVED, reload_seconds=None))
+    assert learned == {"comfyui": expected, "chat": Account().with_entry(FAILED)}
+
+
+def test_what_was_learned_is_bounded_and_its_sums_go_on(disk: Disk) -> None:
+    store = disk.life()
+    store.open()
+    for _ in range(3):
+        store.keep({}, [], [("comfyui", UNLOADED), ("comfyui", OBSERVED), ("chat", UNLOADED)] * (KEPT // 2))
+    assert disk.rows("SELECT consumer, count(*) FROM unload GROUP BY consumer") == [("chat", KEPT), ("comfyui", KEPT)]
+    assert disk.rows("SELECT count(*) FROM observation") == [(KEPT,)]
+    learned = disk.life().open().learned["comfyui"]
+    assert (learned.tally.unloads, learned.tally.observations) == (KEPT * 3 // 2, KEPT * 3 // 2)
+    assert learned.tally.claimed_mib == 9000 * KEPT * 3 // 2
 
 
 # -- bounds -------------------------------------------------------------------------------------------------

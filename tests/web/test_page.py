@@ -216,8 +216,21 @@ def test_everything_is_shown(shown: Callable[[Facts], Walk]) -> None:
         "12000 of 14000 MiB",
         "6 min ago",
         "something new",
+        "auto size; peak 12700 MiB in 23 uses",
+        "71 % back, 0.3 s",
+        "paint returned 71 % on average over 8 unloads",
     ):
         assert words_of_it in walk.text
+
+
+def test_a_size_that_nobody_knows_yet_is_told(shown: Callable[[Facts], Walk]) -> None:
+    new = snapshots.consumer("paint", 14000, 400) | {"auto": True, "vram_resident_mib": None, "declared_mib": None}
+    walk = shown(everything() | {"consumers": [new]})
+    assert "400 MiB" in walk.text
+    assert "size not known yet: runs alone; no uses seen" in walk.text
+    assert "not known MiB" not in walk.text
+    warned = new | {"warnings": ["declared 9000, seen 11400 MiB"]}
+    assert "paint: declared 9000, seen 11400 MiB" in shown(everything() | {"consumers": [warned]}).text
 
 
 @pytest.mark.parametrize("reason", [*WaitingFor, *snapshots.WAITING_FOR])
