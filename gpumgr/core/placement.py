@@ -549,7 +549,12 @@ def insufficient(target: Consumer, view: View) -> InsufficientVram:
         promised_mib=promised,
         held_mib=view.held(target.name, worst).held_mib,
         kept_mib=view.kept_mib(worst),
-        untracked=[_stranger_facts(p, view.outside.stranger(gpu.index, p.pid), view.now) for p in strangers],
+        untracked=[{"pid": p.pid, "name": p.name, "used_mib": p.used_mib} for p in strangers],
+        lately=[
+            {"pid": known.pid, "peak_mib": known.peak_mib, "there_seconds": round(max(0.0, view.now - known.since), 3)}
+            for known in (view.outside.stranger(gpu.index, p.pid) for p in strangers)
+            if known is not None
+        ],
         could_go=_could_go(target, view, worst),
         evicted=_evicted(view),
     )
@@ -574,13 +579,6 @@ def _stranger_words(process: GpuProcess, known: Stranger | None, now: float) -> 
 def _span(seconds: float) -> str:
     minutes = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
     return f"{seconds:.0f} s" if seconds < 120 else minutes
-
-
-def _stranger_facts(process: GpuProcess, known: Stranger | None, now: float) -> dict[str, object]:
-    facts: dict[str, object] = {"pid": process.pid, "name": process.name, "used_mib": process.used_mib}
-    if known is not None:
-        facts |= {"peak_mib": known.peak_mib, "there_seconds": round(max(0.0, now - known.since), 3)}
-    return facts
 
 
 def _would_have_to_go(strangers: Sequence[GpuProcess], short_mib: int, view: View, gpu: GpuRef) -> str:

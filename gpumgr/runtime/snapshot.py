@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from gpumgr import __version__
-from gpumgr.core.card import GpuProcess, GpuReading
+from gpumgr.core.card import GpuReading
 from gpumgr.core.catalog import Consumer, GpuRef
 from gpumgr.core.lease import Lease
 from gpumgr.core.ledger import Account, observed_figures, unload_figures, warnings_of
+from gpumgr.core.outside import Stranger
 from gpumgr.core.placement import Holding
 from gpumgr.core.queue import Hold, Phase, WaitingFor
 from gpumgr.runtime.broker import Broker
@@ -67,12 +68,8 @@ def _hold(state: State, now: float) -> dict[str, Any] | None:
     }
 
 
-def _process(state: State, gpu: GpuReading, process: GpuProcess) -> dict[str, Any]:
-    facts = {"pid": process.pid, "name": process.name, "used_mib": process.used_mib, "consumer": process.consumer}
-    known = state.outside.stranger(gpu.index, process.pid) if process.consumer is None else None
-    if known is not None:
-        facts |= {"peak_mib": known.peak_mib, "since_at": state.shown(known.since)}
-    return facts
+def _stranger(state: State, known: Stranger) -> dict[str, Any]:
+    return {"pid": known.pid, "peak_mib": known.peak_mib, "since_at": state.shown(known.since)}
 
 
 def _refs(state: State) -> list[GpuRef]:
@@ -97,7 +94,10 @@ def _gpu(state: State, ref: GpuRef, promised_mib: int) -> dict[str, Any]:
         "readable": readable,
         "read_at": state.shown(state.reading.read_at) if state.reading.read_at > float("-inf") else None,
         "kept_mib": state.outside.kept_mib(gpu) if readable else None,
-        "processes": [_process(state, gpu, process) for process in gpu.processes],
+        "processes": [
+            {"pid": p.pid, "name": p.name, "used_mib": p.used_mib, "consumer": p.consumer} for p in gpu.processes
+        ],
+        "untracked": [_stranger(state, s) for (i, _), s in state.outside.strangers.items() if i == gpu.index],
     }
     if not readable:
         facts["error"] = "; ".join(state.reading.problems([ref]))

@@ -4,8 +4,9 @@ place: it is to work while everything waits."""
 from __future__ import annotations
 
 from flask import Blueprint, Response, jsonify, redirect, request
+from werkzeug.exceptions import MethodNotAllowed
 
-from gpumgr.errors import Forbidden, InvalidRequest, UnsupportedMediaType
+from gpumgr.errors import Forbidden, InvalidRequest
 from gpumgr.runtime.broker import Broker
 from gpumgr.runtime.snapshot import hold_facts
 from gpumgr.web.access import bearer_of
@@ -35,7 +36,7 @@ def routes(broker: Broker) -> Blueprint:
     def press() -> Response:
         """The page's button: it has no script, so it is a form."""
         if request.mimetype != FORM:
-            raise UnsupportedMediaType("this is the page's own form; programs call POST and DELETE /v1/hold")
+            raise MethodNotAllowed(valid_methods=["GET", "HEAD", "OPTIONS"])
         if "HTTP_ORIGIN" not in request.environ and request.environ.get("HTTP_SEC_FETCH_SITE") != "same-origin":
             raise Forbidden("the form is for this broker's own page; programs call POST and DELETE /v1/hold")
         action, reason, ttl_seconds = pressed(request)

@@ -42,7 +42,7 @@ AGAIN_SECONDS = 1.0
 """While something fails: on a stalled machine one good moment in all of WatchdogSec is enough."""
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what to connect to where that was bound
 REQUEST = b"GET /healthz HTTP/1.1\r\nHost: gpumgr\r\nConnection: close\r\n\r\n"
-BROKERS_THREADS = ("watchdog", "prepare-", "observe-", "keep-store")
+BROKERS_THREADS = ("watchdog", "prepare-", "observe-", "keep-store", "housekeeping", "watch-games")
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,8 +72,7 @@ def test_game_on_the_card_refuses_with_the_numbers(broker: RunningBroker, stage:
     details = error["details"]
     assert (details["needed_mib"], details["headroom_mib"], details["promised_mib"]) == (14000, 512, 0)
     assert details["free_mib"] == 24000 - 10600 - stage.card.used_mib(stage.whisper.pid)
-    [stranger] = details["untracked"]
-    assert (stranger["pid"], stranger["name"], stranger["used_mib"]) == (game.pid, "bg3_dx11.exe", 10600)
+    assert details["untracked"] == [{"pid": game.pid, "name": "bg3_dx11.exe", "used_mib": 10600}]
     assert details["evicted"] == ["whisper"]
     assert "bg3_dx11.exe" in error["message"]
 

@@ -223,7 +223,7 @@ def test_a_trough_is_not_lent() -> None:
     error = w.refusal("paint")
     assert isinstance(error, InsufficientVram)
     assert error.details["kept_mib"] == 10000
-    assert error.details["untracked"][0]["peak_mib"] == 12000
+    assert error.details["lately"][0]["peak_mib"] == 12000
     assert "lately 12000 MiB, there for 0 s" in error.message
     assert "it fits once game.exe has gone" in error.message
     w.pass_time(301)
@@ -240,7 +240,7 @@ def test_a_refusal_says_who_could_go_and_since_when_the_stranger_is_there() -> N
     error = w.refusal("big", wait_seconds=1)
     assert isinstance(error, InsufficientVram)
     assert error.details["could_go"] == [{"consumer": "hear", "held_mib": 2000}]
-    assert error.details["untracked"][0]["there_seconds"] == 600
+    assert error.details["lately"][0]["there_seconds"] == 600
     assert "there for 10 min" in error.message
 
 

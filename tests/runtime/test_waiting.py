@@ -389,8 +389,7 @@ def test_a_game_that_stays_is_refused_with_its_name() -> None:
         world.games[0].set_used(10000)
         error = Calling(world, "paint").error()
         assert isinstance(error, InsufficientVram)
-        [stranger] = error.details["untracked"]
-        assert (stranger["pid"], stranger["name"], stranger["used_mib"]) == (world.games[0].pid, "game.exe", 10000)
+        assert error.details["untracked"] == [{"pid": world.games[0].pid, "name": "game.exe", "used_mib": 10000}]
 
 
 # -- threads that must not wait for each other --------------------------------------------------------------
