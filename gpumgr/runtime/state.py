@@ -693,7 +693,7 @@ class State:
 
     def note_reading(self, reading: Reading) -> None:
         """The newest reading is the one status shows; processes it names are recognised from now on."""
-        if reading.read_at < self.reading.read_at:
+        if reading is self.reading or reading.read_at < self.reading.read_at:
             return
         first = self.reading.read_at == float("-inf")
         before, now = (r.problems(self.catalog.gpus) for r in (self.reading, reading))

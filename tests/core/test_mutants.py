@@ -22,7 +22,7 @@ from gpumgr.core.catalog import Catalog, Consumer
 from gpumgr.core.lease import Call, EndReason, Lease, LeaseBook, RequestKey
 from gpumgr.core.placement import Decision, Grant, Holding, Report, View
 from gpumgr.core.queue import Entry, Fifo, Hold, Queue, WaitingFor
-from gpumgr.errors import GpumgrError
+from gpumgr.errors import GpumgrError, LeaseUnknown
 from gpumgr.runtime import preparation, state
 from gpumgr.runtime.broker import Broker
 from gpumgr.runtime.ports import Dialect
@@ -213,7 +213,7 @@ def unloads_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-@mutant
+@rare
 def believes_the_200(patch: pytest.MonkeyPatch) -> None:
     """After an unload it grants, whatever the card says."""
     real = placement.decide
@@ -249,12 +249,12 @@ def a_call_goes_ahead_beside_a_lease(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(State, "view", lambda *a: dataclasses.replace(real(*a), leased=False))
 
 
-@mutant
+@rare
 def a_call_is_refused_like_a_lease(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(preparation, "decide_call", placement.decide)
 
 
-@mutant
+@rare
 def a_call_goes_over_budget_in_silence(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Preparation, "_warn", lambda _self, _grant, _reading: None)
 
@@ -313,7 +313,7 @@ def a_call_that_ends_lets_nobody_go(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Broker, "end_call", end_call)
 
 
-@mutant
+@rare
 def a_call_under_a_lease_is_not_in_use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(State, "in_use", lambda self: frozenset(hold.consumer for hold in self.queue.holds.values()))
 
@@ -392,7 +392,7 @@ def forgets_a_tail_at_its_holder_s_end(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(State, "note_used", note_used)
 
 
-@mutant
+@rare
 def promises_nothing_to_a_tail(patch: pytest.MonkeyPatch) -> None:
     real = State.view
 
@@ -453,23 +453,23 @@ def a_restart_gives_half_a_ttl(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-@mutant
+@rare
 def a_raised_ttl_is_not_written(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Broker, "_write_ttl", lambda _self, _lease: None)
 
 
-@mutant
+@rare
 def told_before_it_is_written(patch: pytest.MonkeyPatch) -> None:
     """Who is told that a lease is over may find it live after a restart."""
     patch.setattr(Broker, "_told_once", lambda _self, _token: contextlib.nullcontext())
 
 
-@mutant
+@rare
 def sleep_counts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(State, "note_sleep", lambda _self: False)
 
 
-@mutant
+@rare
 def a_caller_that_hung_up_is_granted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Preparation, "_require_caller", lambda _self: None)
 
@@ -512,7 +512,7 @@ def leaves_whom_it_cannot_see(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(state, "assess", assess)
 
 
-# -- too rare for a hunt: each has a story in which it shows --------------------------------------------------
+# -- too rare or too long for a hunt: each has a story in which it shows ---------------------------------------
 
 
 def a_holder_takes_its_memory_and_ends_while_the_card_is_read() -> None:
@@ -589,7 +589,81 @@ def nobody_can_read_the_card() -> None:
     assert not isinstance(chat.answer, Lease), "granted without a look"
 
 
+def a_longer_ttl_survives_a_restart() -> None:
+    world = World(catalog(consumer("chat", 9000)))
+    lease = world.grant("chat", ttl_seconds=10)
+    world.broker.renew(lease.token, 600)
+    world.restart()
+    world.pass_time(500, watchdog=True)
+    assert [live.lease_id for live in world.broker.state.leases] == [lease.lease_id]
+
+
+def who_was_told_that_it_is_over_stays_so_after_a_restart() -> None:
+    world = World(catalog(consumer("chat", 9000)))
+    lease = world.grant("chat", ttl_seconds=10)
+    world.pass_time(11)
+    with contextlib.suppress(LeaseUnknown):
+        world.broker.renew(lease.token, None)
+    world.restart()
+    assert not list(world.broker.state.leases), "told that it is over, and revived"
+
+
+def a_call_outlives_its_lease() -> None:
+    world = World(catalog(consumer("paint", 14000), consumer("chat", 9000), paint="paint"))
+    lease = world.grant("paint", loaded=True)
+    world.broker.call_under_lease(lease.token, "paint")
+    world.broker.release(lease.token)
+    chat = world.ask("chat", wait_seconds=60)
+    world.prepare()
+    assert chat.waits, "unloaded in the middle of a call"
+
+
+def a_caller_goes_before_its_turn_is_over() -> None:
+    world = World(catalog(consumer("chat", 9000)))
+    chat = world.ask("chat", wait_seconds=60)
+    world.hang_up(chat, seen=False)
+    world.prepare()
+    assert not isinstance(chat.ticket.outcome, Lease), "a grant for nobody"
+
+
+def a_call_finds_no_room() -> None:
+    world = World(catalog(consumer("chat", 9000)))
+    world.games[0].set_used(20000)
+    chat = world.call("chat", wait_seconds=60)
+    world.prepare()
+    assert isinstance(chat.answer, Call), "refused like a lease"
+    assert any(event["type"] == "proxy_over_budget" for event in world.broker.state.events), "nobody is told"
+
+
+def a_victim_says_yes_and_keeps_its_memory() -> None:
+    world = World(catalog(consumer("paint", 14000), consumer("chat", 9000)))
+    world.services["chat"].take()
+    world.services["chat"].lies = True
+    paint = world.ask("paint", wait_seconds=60)
+    world.prepare()
+    assert not isinstance(paint.answer, Lease), "granted beside whom it may not stand"
+
+
+def the_machine_sleeps_longer_than_a_ttl() -> None:
+    world = World(catalog(consumer("chat", 9000)))
+    lease = world.grant("chat", ttl_seconds=60)
+    world.pass_time(50)
+    world.sleep(3600)
+    world.broker.tick()
+    world.pass_time(50, watchdog=True)
+    assert [live.lease_id for live in world.broker.state.leases] == [lease.lease_id], "a TTL counted what nobody heard"
+
+
 STORIES = {
+    "a_raised_ttl_is_not_written": a_longer_ttl_survives_a_restart,
+    "told_before_it_is_written": who_was_told_that_it_is_over_stays_so_after_a_restart,
+    "a_call_under_a_lease_is_not_in_use": a_call_outlives_its_lease,
+    "a_caller_that_hung_up_is_granted": a_caller_goes_before_its_turn_is_over,
+    "a_call_is_refused_like_a_lease": a_call_finds_no_room,
+    "a_call_goes_over_budget_in_silence": a_call_finds_no_room,
+    "believes_the_200": a_victim_says_yes_and_keeps_its_memory,
+    "promises_nothing_to_a_tail": a_tail_has_not_taken_its_memory_yet,
+    "sleep_counts": the_machine_sleeps_longer_than_a_ttl,
     "always_insufficient": a_victim_keeps_its_memory,
     "forgets_a_tail_at_its_holder_s_end": a_tail_has_not_taken_its_memory_yet,
     "believes_an_answer_from_before_the_last_use": a_holder_comes_and_goes_while_its_consumer_is_asked,
