@@ -33,6 +33,7 @@ class Outsiders:
         self._clock = clock
         self._games = games
         self._changed = changed
+        self._kept: Paused | None = None
 
     def hold(self, reason: str | None, ttl_seconds: float | None, by: str | None) -> Pause:
         """Keep the card free from now on; one that lasts already is replaced. It survives a restart."""
@@ -41,6 +42,7 @@ class Outsiders:
         kept = Paused(now, now + timedelta(seconds=seconds), by, reason)
         pause = self._pause(kept)
         with self._state.lock:
+            self._kept = kept
             self._state.pause(pause)
         self._state.note("hold", None, by=by, reason=reason, until_at=pause.until_at)
         log.info("hold by=%s reason=%s until=%s", by, reason, pause.until_at)
@@ -64,12 +66,15 @@ class Outsiders:
         """With the lock held: one of an earlier life."""
         pause = self._pause(kept)
         if pause.lasts(self._clock.monotonic()):
+            self._kept = kept
             self._state.pause(pause)
 
     def end_what_is_over(self) -> None:
+        """Also where only the wall clock went on, as while the machine slept."""
         with self._state.lock:
-            pause = self._state.outside.pause
-            if pause is None or pause.lasts(self._clock.monotonic()):
+            pause, kept = self._state.outside.pause, self._kept
+            past = kept is not None and self._clock.utc() >= kept.until
+            if pause is None or (pause.lasts(self._clock.monotonic()) and not past):
                 return
             self._state.pause(None)
         self._state.note("resume", None, by=None, reason="its time is over")

@@ -16,15 +16,17 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from gpumgr.config import LeaseSettings
-from gpumgr.core import placement, queue
+from gpumgr.core import placement, queue, rest
 from gpumgr.core.card import Reading
 from gpumgr.core.catalog import Catalog, Consumer
 from gpumgr.core.lease import Call, EndReason, Lease, LeaseBook, RequestKey
 from gpumgr.core.placement import Decision, Grant, Holding, Report, View
 from gpumgr.core.queue import Entry, Fifo, Hold, Queue, WaitingFor
 from gpumgr.errors import GpumgrError, LeaseUnknown
-from gpumgr.runtime import preparation, state
+from gpumgr.runtime import broker, preparation, state
 from gpumgr.runtime.broker import Broker
+from gpumgr.runtime.housekeeping import Housekeeping
+from gpumgr.runtime.outsiders import Outsiders
 from gpumgr.runtime.ports import Dialect
 from gpumgr.runtime.preparation import Preparation
 from gpumgr.runtime.refusals import scheduler_timeout
@@ -318,7 +320,7 @@ def a_call_under_a_lease_is_not_in_use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(State, "in_use", lambda self: frozenset(hold.consumer for hold in self.queue.holds.values()))
 
 
-@mutant
+@rare
 def a_call_ends_with_its_lease(patch: pytest.MonkeyPatch) -> None:
     real = Broker._begin_end
 
@@ -479,6 +481,33 @@ def a_withdrawn_request_keeps_its_place(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(State, "withdraw", lambda _self, _ticket: None)
 
 
+@mutant
+def a_hold_stops_nobody(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(placement, "keeps_out", lambda _target, _view: None)
+    patch.setattr(state, "keeps_out", lambda _target, _view: None)
+    patch.setattr(broker, "keeps_out", lambda _target, _view: None)
+
+
+@mutant
+def a_hold_tells_nobody_who_waits(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(State, "_outside_changed", lambda self: self.advance())
+
+
+@mutant
+def a_hold_is_forgotten_at_a_restart(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Outsiders, "restore", lambda _self, _kept: None)
+
+
+@mutant
+def a_hold_unloads_without_asking(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Housekeeping, "_computes", lambda _self, _name: False)
+
+
+@mutant
+def a_hold_unloads_whom_somebody_uses(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(rest, "_may_go", lambda each, _now: each.resident)
+
+
 @rare
 def an_expired_holder_is_forgotten_at_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Broker, "_may_still_compute", lambda _self, _lease: False)
@@ -502,7 +531,7 @@ def refuses_calls_on_a_card_that_cannot_be_read(patch: pytest.MonkeyPatch) -> No
     patch.setattr(State, "_may_believe", lambda self, _ticket: self.believes)
 
 
-@mutant
+@rare
 def leaves_whom_it_cannot_see(patch: pytest.MonkeyPatch) -> None:
     real = placement.assess
 
@@ -626,6 +655,15 @@ def a_caller_goes_before_its_turn_is_over() -> None:
     assert not isinstance(chat.ticket.outcome, Lease), "a grant for nobody"
 
 
+def the_driver_names_nobody() -> None:
+    world = World(catalog(consumer("paint", 14000), consumer("chat", 9000)), when_unreadable="declared")
+    world.broker.release(world.grant("chat", loaded=True).token)
+    world.card.set_gpu_error("it has fallen off the bus", 0)
+    world.ask("paint", wait_seconds=60)
+    world.prepare()
+    assert world.services["chat"].asked_to_unload, "whom it cannot see was left on the card"
+
+
 def a_call_finds_no_room() -> None:
     world = World(catalog(consumer("chat", 9000)))
     world.games[0].set_used(20000)
@@ -659,6 +697,8 @@ STORIES = {
     "told_before_it_is_written": who_was_told_that_it_is_over_stays_so_after_a_restart,
     "a_call_under_a_lease_is_not_in_use": a_call_outlives_its_lease,
     "a_caller_that_hung_up_is_granted": a_caller_goes_before_its_turn_is_over,
+    "a_call_ends_with_its_lease": a_call_outlives_its_lease,
+    "leaves_whom_it_cannot_see": the_driver_names_nobody,
     "a_call_is_refused_like_a_lease": a_call_finds_no_room,
     "a_call_goes_over_budget_in_silence": a_call_finds_no_room,
     "believes_the_200": a_victim_says_yes_and_keeps_its_memory,
