@@ -445,7 +445,7 @@ def the_fence_begins_anew(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LeaseBook, "start_fence", lambda _self, _fence: None)
 
 
-@mutant
+@rare
 def a_restart_gives_half_a_ttl(patch: pytest.MonkeyPatch) -> None:
     real = LeaseBook.restore
     patch.setattr(
@@ -493,7 +493,7 @@ def a_hold_tells_nobody_who_waits(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(State, "_outside_changed", lambda self: self.advance())
 
 
-@mutant
+@rare
 def a_hold_is_forgotten_at_a_restart(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Outsiders, "restore", lambda _self, _kept: None)
 
@@ -503,7 +503,7 @@ def a_hold_unloads_without_asking(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Housekeeping, "_computes", lambda _self, _name: False)
 
 
-@mutant
+@rare
 def a_hold_unloads_whom_somebody_uses(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(rest, "_may_go", lambda each, _now: each.resident)
 
@@ -655,6 +655,33 @@ def a_caller_goes_before_its_turn_is_over() -> None:
     assert not isinstance(chat.ticket.outcome, Lease), "a grant for nobody"
 
 
+def a_lease_has_its_full_ttl_after_a_restart() -> None:
+    world = World(catalog(consumer("chat", 9000)))
+    lease = world.grant("chat", ttl_seconds=60)
+    world.pass_time(50)
+    world.restart()
+    world.pass_time(59, watchdog=True)
+    assert [live.lease_id for live in world.broker.state.leases] == [lease.lease_id]
+
+
+def a_hold_outlives_the_broker() -> None:
+    world = World(catalog(consumer("chat", 9000)))
+    world.broker.outsiders.hold("a game", 600, "ada")
+    world.restart()
+    with contextlib.suppress(GpumgrError):
+        world.ask("chat")
+        raise AssertionError("let in while the card is kept free")
+
+
+def a_hold_meets_a_holder() -> None:
+    world = World(catalog(consumer("chat", 9000)))
+    world.grant("chat", loaded=True)
+    world.broker.observe_card()
+    world.broker.outsiders.hold("a game", 600, "ada")
+    world.broker.housekeeping.round()
+    assert not world.services["chat"].asked_to_unload, "unloaded under a lease"
+
+
 def the_driver_names_nobody() -> None:
     world = World(catalog(consumer("paint", 14000), consumer("chat", 9000)), when_unreadable="declared")
     world.broker.release(world.grant("chat", loaded=True).token)
@@ -697,6 +724,9 @@ STORIES = {
     "told_before_it_is_written": who_was_told_that_it_is_over_stays_so_after_a_restart,
     "a_call_under_a_lease_is_not_in_use": a_call_outlives_its_lease,
     "a_caller_that_hung_up_is_granted": a_caller_goes_before_its_turn_is_over,
+    "a_restart_gives_half_a_ttl": a_lease_has_its_full_ttl_after_a_restart,
+    "a_hold_is_forgotten_at_a_restart": a_hold_outlives_the_broker,
+    "a_hold_unloads_whom_somebody_uses": a_hold_meets_a_holder,
     "a_call_ends_with_its_lease": a_call_outlives_its_lease,
     "leaves_whom_it_cannot_see": the_driver_names_nobody,
     "a_call_is_refused_like_a_lease": a_call_finds_no_room,
