@@ -114,6 +114,14 @@ def test_a_hold_survives_a_restart_and_ends_by_itself() -> None:
     assert events(w, "resume")[-1]["reason"] == "its time is over"
 
 
+def test_a_hold_ends_by_the_wall_clock_where_the_machine_slept() -> None:
+    w = world()
+    w.broker.outsiders.hold("bg3", 100, "ada")
+    w.sleep(101)
+    w.broker.tick()
+    assert w.grant("chat").consumer == "chat"
+
+
 def test_a_hold_needs_no_disk() -> None:
     w = world()
     w.store.fails = StoreError("it is full")
