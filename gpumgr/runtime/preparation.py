@@ -193,7 +193,7 @@ class Preparation:
         """Granted, or refused, or nobody waits any more. What is not granted frees its turn: in the same breath as the
         refusal, as whoever asks again must not meet its own old preparation; but after a load call only when the
         memory it may have brought is gone again."""
-        if not isinstance(self._ticket.outcome, Lease | Call):
+        if not isinstance(self._ticket.outcome, Lease):  # with a lease it went in the same write
             self._world.store.forget_intent(self._ticket.seq)
         with self._state.lock:
             if error is not None:

@@ -346,6 +346,7 @@ def test_who_was_unloaded_for_somebody_comes_back() -> None:
         until(lambda: w.services["chat"].used_mib() == 9000)
         until(lambda: any(event["type"] == "restore" for event in w.broker.state.events))
         assert w.services["paint"].used_mib() < 768
+        assert w.store.intents == []
         shown = {c["name"]: c for c in snapshot(w.broker)["consumers"]}
         assert shown["chat"]["total_requests"] == 0
         assert w.lease("paint").consumer == "paint"  # and whoever asks comes first again
