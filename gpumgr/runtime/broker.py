@@ -567,13 +567,13 @@ class Broker:
         if error is not None:
             log.warning("a call got no answer consumer=%s: %s", consumer, error)
 
-    def _bring_back(self, name: str) -> str | None:
+    def _bring_back(self, name: str) -> GpumgrError | None:
         """Through the line, as a request that is nobody's; why it could not be, or None."""
         ask = Ask(consumer=name, wait_seconds=0.0, holder=RESTORES, restoring=True)
         try:
             call = self._granted(ask, Caller(), proxied=False)
         except GpumgrError as error:
-            return str(error)
+            return error
         if isinstance(call, Call):
             self.end_call(call)
         return None

@@ -29,6 +29,7 @@ from gpumgr.core.rest import (
     to_clear,
     to_restore,
 )
+from gpumgr.errors import GpumgrError, GpuYielded, RequestEnded, SchedulerTimeout
 from gpumgr.runtime.evictor import Evictor
 from gpumgr.runtime.ports import Clock, Dialect, Probe
 from gpumgr.runtime.preparation import ask_busy
@@ -51,7 +52,7 @@ class Housekeeping:
         evictor: Evictor,
         clock: Clock,
         rest: Mapping[str, Rest],
-        bring_back: Callable[[str], str | None],
+        bring_back: Callable[[str], GpumgrError | None],
     ) -> None:
         self._state = state
         self._probe = probe
@@ -109,7 +110,7 @@ class Housekeeping:
             waited_for=any(entry.consumer == name for entry in state.queue.waiting()),
             intrudes=tuple(sorted({lease.consumer for lease in state.leases if name in state.intruders_of(lease)})),
             idle_unload_seconds=self._rest.get(name, Rest()).idle_unload_seconds,
-            not_before=remembered.not_before,
+            not_before=remembered.unload_not_before,
         )
 
     def _computes(self, name: str) -> bool:
@@ -150,7 +151,8 @@ class Housekeeping:
                 why = chosen[victim.consumer]
                 self._state.note_victim(victim, after, wanted_back=why in ("hold", "game"))
                 if victim.reason is not None:
-                    self._state.memory[victim.consumer].not_before = self._clock.monotonic() + AGAIN_SECONDS
+                    remembered = self._state.memory[victim.consumer]
+                    remembered.unload_not_before = self._clock.monotonic() + AGAIN_SECONDS
             self._state.note_reading(after)
         for victim in outcome:
             self._tell(victim, chosen[victim.consumer])
@@ -195,7 +197,7 @@ class Housekeeping:
             resident=remembered.resident_since is not None,
             quiet_since=quiet,
             after_seconds=0.0 if preload else rest.restore_after_seconds,
-            not_before=remembered.not_before,
+            not_before=remembered.load_not_before,
         )
 
     def _note_quiet(self, consumer: Consumer, now: float) -> float | None:
@@ -222,6 +224,10 @@ class Housekeeping:
             log.info("restore consumer=%s preload=%s", name, preload)
             return
         again = PRELOAD_AGAIN_SECONDS if preload else RESTORE_AGAIN_SECONDS
+        first = isinstance(failed, RequestEnded | GpuYielded | SchedulerTimeout)  # somebody else was
+        if first and not preload:
+            again = self._rest[name].restore_after_seconds
         with self._state.lock:
-            self._state.memory[name].not_before = self._clock.monotonic() + again
-        log.warning("it could not be brought back, again in %.0f s consumer=%s: %s", again, name, failed)
+            self._state.memory[name].load_not_before = self._clock.monotonic() + again
+        level = logging.INFO if first else logging.WARNING
+        log.log(level, "it could not be brought back, again in %.0f s consumer=%s: %s", again, name, failed)

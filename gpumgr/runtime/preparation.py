@@ -454,7 +454,8 @@ class Preparation:
         after = self._world.probe.read()
         with state.lock:
             for victim in outcome:
-                state.note_victim(victim, after, wanted_back=not self._ticket.restoring)
+                own = victim.consumer == self._target.name  # undone, as somebody came who goes first
+                state.note_victim(victim, after, wanted_back=own or not self._ticket.restoring)
             self._ticket.tried.extend(outcome)
         for victim in outcome:
             self._tell(victim)

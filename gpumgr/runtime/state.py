@@ -81,8 +81,10 @@ class Memory:
     """It was on the card, and was unloaded for somebody else."""
     busy_seen: float | None = None
     """When it last said that it computes, without a holder."""
-    not_before: float = float("-inf")
-    """When housekeeping looks at it again, after something that it tried failed."""
+    unload_not_before: float = float("-inf")
+    load_not_before: float = float("-inf")
+    """When housekeeping tries each of them again after it failed: who could not be brought back may come by itself, and
+    be in a game's way."""
     outlasted: bool = False
     """It still computed at the end of its quarantine: what it does for a holder of the past is not waited for again."""
     healthy: bool | None = None

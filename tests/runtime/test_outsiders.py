@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from gpumgr.config import Rest
 from gpumgr.core.outside import Pause
-from gpumgr.errors import GpuYielded, InsufficientVram
+from gpumgr.errors import GpuYielded, InsufficientVram, SchedulerTimeout
 from gpumgr.runtime.ports import StoreError
 from gpumgr.runtime.snapshot import hold_facts, snapshot
 from tests.waiting import until
@@ -367,5 +369,41 @@ def test_nobody_makes_room_for_a_preload() -> None:
     with started(big, chat, rest={"chat": Rest(preload=True)}) as w:
         w.services["chat"].can_restore = True
         w.services["big"].take()
-        until(lambda: w.broker.state.memory["chat"].not_before > w.clock.monotonic())
+        until(lambda: w.broker.state.memory["chat"].load_not_before > w.clock.monotonic())
         assert (w.services["big"].asked_to_unload, w.services["chat"].used_mib()) == (0, 0)
+
+
+# A restore that somebody's request had interrupted was never tried again: its own undoing had cleared the wish.
+def test_a_restore_that_is_interrupted_is_made_up_for() -> None:
+    with started(PAINT, CHAT, rest={"chat": Rest(restore=True, restore_after_seconds=0.2)}) as w:
+        chat, called, may_return, loads = w.services["chat"], threading.Event(), threading.Event(), list[int]()
+
+        def restore() -> None:
+            loads.append(1)
+            called.set()
+            may_return.wait(10)
+            chat.take()
+
+        chat.restore, chat.can_restore = restore, True  # type: ignore[method-assign]
+        chat.take()
+        w.broker.release(w.lease("paint").token)
+        assert called.wait(10)
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(w.lease, "paint", wait_seconds=30)
+            until(lambda: bool(w.broker.state.queue.waiting()))
+            may_return.set()
+            w.broker.release(asked.result(10).token)
+        until(lambda: len(loads) == 2)
+        until(lambda: any(event["type"] == "restore" for event in w.broker.state.events))
+
+
+# What had failed to come back was not unloaded for five minutes either, whoever had loaded it meanwhile.
+def test_who_could_not_be_brought_back_is_in_nobodys_way() -> None:
+    w = world(rest={"chat": Rest(preload=True)})
+    w.services["chat"].can_restore = True
+    w.broker.housekeeping._bring_back = lambda _: SchedulerTimeout("somebody was first")
+    keep_house(w)
+    w.services["chat"].take()
+    play(w, (41, "bg3.exe"))
+    keep_house(w)
+    assert w.services["chat"].used_mib() == 300
