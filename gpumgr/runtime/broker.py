@@ -138,7 +138,13 @@ class Broker:
         self.outsiders = Outsiders(self.state, store, clock, games, self._outside_changed)
         self._games = Rounds("watch-games", self.outsiders.look_for_games) if games is not None else None
         self.housekeeping = Housekeeping(
-            self.state, probe, dialects, evictor, clock, settings.rest, bring_back=self._bring_back
+            self.state,
+            probe,
+            dialects,
+            evictor,
+            clock,
+            {} if self._lets_pass else settings.rest,  # there nobody is prepared, and so nobody loaded
+            bring_back=self._bring_back,
         )
         self._housekeeper = Rounds("housekeeping", self.housekeeping.round)
 

@@ -67,7 +67,8 @@ class Housekeeping:
     def round(self) -> float:
         """One look and what follows from it; the seconds until the next."""
         going = self._chosen()
-        idle = {name: why for name, why in going.items() if not self._computes(name)}
+        asked = {name: self._uses(name) for name in going}
+        idle = {name: uses for name, uses in asked.items() if not self._computes(name)}
         if idle:
             self._clear(idle)
         name = self._to_restore()
@@ -113,16 +114,21 @@ class Housekeeping:
             not_before=remembered.unload_not_before,
         )
 
+    def _uses(self, name: str) -> int:
+        with self._state.lock:
+            return self._state.memory[name].uses
+
     def _computes(self, name: str) -> bool:
         """2. A report that hangs counts as busy, as everywhere."""
         with self._state.lock:
             asks = self._state.may_ask_busy(name)
         return asks and bool(ask_busy(self._state, name, self._dialects[name]))
 
-    def _clear(self, idle: Mapping[str, Why]) -> None:
-        """3 and 4."""
+    def _clear(self, idle: Mapping[str, int]) -> None:
+        """3 and 4. ``idle``: who said so, and after how many uses: one that began and ended since may have left work."""
         with self._state.lock:
-            chosen = {name: why for name, why in self._choose().items() if name in idle}
+            memory = self._state.memory
+            chosen = {name: why for name, why in self._choose().items() if idle.get(name) == memory[name].uses}
             consumers = [self._state.catalog.consumers[name] for name in chosen]
             for name in chosen:
                 self._state.queue.take_out(name)

@@ -407,3 +407,36 @@ def test_who_could_not_be_brought_back_is_in_nobodys_way() -> None:
     play(w, (41, "bg3.exe"))
     keep_house(w)
     assert w.services["chat"].used_mib() == 300
+
+
+def test_a_use_that_ended_since_it_was_asked_counts_as_work() -> None:
+    w = world()
+    chat = w.services["chat"]
+    chat.take()
+    chat.computing = False
+    says = chat.busy
+
+    def busy() -> bool | None:
+        """A lease comes and goes while its answer is on its way, and leaves work behind."""
+        said = says()
+        if chat.asked_whether_busy == 1:
+            w.broker.release(w.grant("chat").token)
+            chat.computing = True
+        return said
+
+    play(w, (41, "bg3.exe"))
+    w.broker.observe_card()
+    chat.busy = busy  # type: ignore[method-assign]
+    keep_house(w)
+    assert (chat.asked_whether_busy, chat.asked_to_unload) == (1, 0)
+    keep_house(w)
+    chat.computing = False
+    keep_house(w)
+    assert (chat.asked_to_unload, chat.unloads_while_computing) == (1, 0)
+
+
+def test_nothing_is_brought_back_where_calls_only_pass() -> None:
+    w = world(mode="passthrough", rest={"chat": Rest(preload=True)})
+    w.services["chat"].can_restore = True
+    keep_house(w)
+    assert (w.services["chat"].used_mib(), events(w, "restore")) == (0, [])
