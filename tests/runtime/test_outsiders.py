@@ -14,7 +14,7 @@ from gpumgr.errors import GpuYielded, InsufficientVram, SchedulerTimeout
 from gpumgr.runtime.ports import StoreError
 from gpumgr.runtime.snapshot import hold_facts, snapshot
 from tests.waiting import until
-from tests.worlds import World, catalog, consumer, started
+from tests.worlds import Service, StartedWorld, World, catalog, consumer, started
 
 PAINT = consumer("paint", 14000)
 CHAT = consumer("chat", 9000, beside=["hear"])
@@ -373,28 +373,49 @@ def test_nobody_makes_room_for_a_preload() -> None:
         assert (w.services["big"].asked_to_unload, w.services["chat"].used_mib()) == (0, 0)
 
 
+class _SlowRestore:
+    """A restore that the test lets end; later ones do so at once."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.called, self.may_return = threading.Event(), threading.Event()
+        self.count = 0
+        service.restore, service.can_restore = self, True  # type: ignore[method-assign]
+
+    def __call__(self) -> None:
+        self.count += 1
+        self.called.set()
+        self.may_return.wait(10)
+        self._service.take()
+
+
+def _asked_while_it_is_brought_back(w: StartedWorld, name: str) -> _SlowRestore:
+    """``chat`` was unloaded for ``paint`` and comes back; then somebody asks for ``name``, and has held it."""
+    restore = _SlowRestore(w.services["chat"])
+    w.services["chat"].take()
+    w.broker.release(w.lease("paint").token)
+    assert restore.called.wait(10)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(w.lease, name, wait_seconds=30)
+        until(lambda: bool(w.broker.state.queue.waiting()))
+        restore.may_return.set()
+        w.broker.release(asked.result(10).token)
+    return restore
+
+
 # A restore that somebody's request had interrupted was never tried again: its own undoing had cleared the wish.
 def test_a_restore_that_is_interrupted_is_made_up_for() -> None:
     with started(PAINT, CHAT, rest={"chat": Rest(restore=True, restore_after_seconds=0.2)}) as w:
-        chat, called, may_return, loads = w.services["chat"], threading.Event(), threading.Event(), list[int]()
-
-        def restore() -> None:
-            loads.append(1)
-            called.set()
-            may_return.wait(10)
-            chat.take()
-
-        chat.restore, chat.can_restore = restore, True  # type: ignore[method-assign]
-        chat.take()
-        w.broker.release(w.lease("paint").token)
-        assert called.wait(10)
-        with ThreadPoolExecutor() as pool:
-            asked = pool.submit(w.lease, "paint", wait_seconds=30)
-            until(lambda: bool(w.broker.state.queue.waiting()))
-            may_return.set()
-            w.broker.release(asked.result(10).token)
-        until(lambda: len(loads) == 2)
+        restore = _asked_while_it_is_brought_back(w, "paint")
+        until(lambda: restore.count == 2)
         until(lambda: any(event["type"] == "restore" for event in w.broker.state.events))
+
+
+# Whoever asked for the very one that came back waited for its load, for its unload, and loaded it anew.
+def test_what_comes_back_stays_for_who_asks_for_it() -> None:
+    with started(PAINT, CHAT, rest={"chat": Rest(restore=True, restore_after_seconds=0.2)}) as w:
+        _asked_while_it_is_brought_back(w, "chat")
+        assert (w.services["chat"].asked_to_unload, w.services["chat"].used_mib()) == (1, 9000)
 
 
 # What had failed to come back was not unloaded for five minutes either, whoever had loaded it meanwhile.
