@@ -125,7 +125,7 @@ class Housekeeping:
         return asks and bool(ask_busy(self._state, name, self._dialects[name]))
 
     def _clear(self, idle: Mapping[str, int]) -> None:
-        """3 and 4. ``idle``: who said so, and after how many uses: one that began and ended since may have left work."""
+        """3 and 4. ``idle``: who said so, and after how many uses: one that ended since may have left work."""
         with self._state.lock:
             memory = self._state.memory
             chosen = {name: why for name, why in self._choose().items() if idle.get(name) == memory[name].uses}

@@ -697,6 +697,11 @@ class State:
             and self.catalog.share_gpu(name, target.name)
         ]
 
+    def goes_next(self, consumer: str) -> bool:
+        """Whether the first of those who wait on its GPUs waits for it: in that breath what it holds is theirs."""
+        line = [entry.consumer for entry in self.queue.waiting() if self.catalog.share_gpu(entry.consumer, consumer)]
+        return line[:1] == [consumer]
+
     def may_undo_load(self, ticket: Ticket) -> bool:
         """Whether its target may be unloaded because this ticket did not get it: nobody else uses it."""
         name = ticket.consumer.name
