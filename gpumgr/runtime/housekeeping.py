@@ -5,7 +5,8 @@ Owns: the rounds of one thread, ``housekeeping``, and the order of their steps. 
     1. decide     under the lock, from the last reading: who may go, and why
     2. ask        those that can say so whether they compute; whoever does is left alone until the next round
     3. decide     again: whoever is still to go leaves service under that lock
-    4. unload     with the evictor's proof, and back in service
+    4. unload     with the evictor's proof, and back in service: on a short thread, ``clear``, which is not waited for when
+                  it takes long
     5. restore    one consumer at a time, through the line like anybody's request, so that every rule holds for it too
 
 It is a thread of its own and no preparation's, as nobody waits for it: a server that hangs must not hold up a request.
@@ -14,7 +15,8 @@ It is a thread of its own and no preparation's, as nobody waits for it: a server
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 
 from gpumgr.config import Rest
 from gpumgr.core.catalog import Consumer, overlap
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 
 SOON_SECONDS = 0.25
 LATER_SECONDS = 1.0
+PATIENCE_SECONDS = 1.0
+"""After that an unload goes on by itself: whoever hangs must not keep the others on the card when a game begins."""
 
 
 class Housekeeping:
@@ -134,6 +138,21 @@ class Housekeeping:
                 self._state.queue.take_out(name)
         if not chosen:
             return
+        unload = threading.Thread(target=self._unload, args=(chosen, consumers), name="clear", daemon=True)
+        try:
+            unload.start()
+        except RuntimeError:  # no thread to be had
+            self._unload(chosen, consumers)
+        else:
+            unload.join(PATIENCE_SECONDS)
+
+    def _unload(self, chosen: Mapping[str, Why], consumers: Sequence[Consumer]) -> None:
+        try:
+            self._unload_with_proof(chosen, consumers)
+        except Exception:
+            log.exception("an unload failed consumers=%s", ", ".join(chosen))
+
+    def _unload_with_proof(self, chosen: Mapping[str, Why], consumers: Sequence[Consumer]) -> None:
         back = set(chosen)
 
         def in_service(name: str) -> None:

@@ -302,6 +302,21 @@ def test_an_intruder_that_keeps_its_memory_is_asked_again_later() -> None:
     assert w.services["chat"].asked_to_unload > asked
 
 
+# One that hung in its unload kept all others on the card until its time was over, 30 s as a rule.
+def test_an_unload_that_hangs_keeps_nobody_else_on_the_card() -> None:
+    hear = consumer("hear", 2000, beside=["chat"], unload_timeout_seconds=30)
+    with started(CHAT, hear, rest={"hear": Rest(idle_unload_seconds=0.1)}) as w:
+        w.services["hear"].unload_gate = threading.Event()
+        w.services["hear"].take()
+        w.services["chat"].take()
+        until(lambda: w.services["hear"].asked_to_unload == 1)
+        w.broker.outsiders.hold(None, None, None)
+        until(lambda: w.services["chat"].used_mib() == 300)
+        assert w.services["hear"].used_mib() == 2000
+        w.services["hear"].unload_gate.set()
+        until(lambda: w.services["hear"].used_mib() == 300)
+
+
 # -- the card at rest ---------------------------------------------------------------------------------------
 
 
