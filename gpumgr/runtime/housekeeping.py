@@ -5,8 +5,8 @@ Owns: the rounds of one thread, ``housekeeping``, and the order of their steps. 
     1. decide     under the lock, from the last reading: who may go, and why
     2. ask        those that can say so whether they compute; whoever does is left alone until the next round
     3. decide     again: whoever is still to go leaves service under that lock
-    4. unload     with the evictor's proof, and back in service: on a short thread, ``clear``, which is not waited for when
-                  it takes long
+    4. unload     with the evictor's proof, and back in service: on a short thread, ``clear``, not waited for where
+                  that takes long
     5. restore    one consumer at a time, through the line like anybody's request, so that every rule holds for it too
 
 It is a thread of its own and no preparation's, as nobody waits for it: a server that hangs must not hold up a request.
