@@ -401,7 +401,7 @@ def promises_nothing_to_a_tail(patch: pytest.MonkeyPatch) -> None:
     def view(self: State, ticket: Ticket, *a: Any) -> View:
         seen = real(self, ticket, *a)
         held = self.in_use() - {ticket.consumer.name}
-        return dataclasses.replace(seen, promised_mib=self.promised(held, seen.holdings))
+        return dataclasses.replace(seen, promised_mib=self.promised(held, seen.holdings, seen.reading, ticket))
 
     patch.setattr(State, "view", view)
 

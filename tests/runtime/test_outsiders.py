@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from gpumgr.config import Rest
 from gpumgr.core.outside import Pause
-from gpumgr.errors import GpuYielded, InsufficientVram
+from gpumgr.errors import GpuYielded, InsufficientVram, SchedulerTimeout
 from gpumgr.runtime.ports import StoreError
 from gpumgr.runtime.snapshot import hold_facts, snapshot
 from tests.waiting import until
-from tests.worlds import World, catalog, consumer, started
+from tests.worlds import Service, StartedWorld, World, catalog, consumer, started
 
 PAINT = consumer("paint", 14000)
 CHAT = consumer("chat", 9000, beside=["hear"])
@@ -308,6 +310,21 @@ def test_an_intruder_that_keeps_its_memory_is_asked_again_later() -> None:
     assert w.services["chat"].asked_to_unload > asked
 
 
+# One that hung in its unload kept all others on the card until its time was over, 30 s as a rule.
+def test_an_unload_that_hangs_keeps_nobody_else_on_the_card() -> None:
+    hear = consumer("hear", 2000, beside=["chat"], unload_timeout_seconds=30)
+    with started(CHAT, hear, rest={"hear": Rest(idle_unload_seconds=0.1)}) as w:
+        w.services["hear"].unload_gate = threading.Event()
+        w.services["hear"].take()
+        w.services["chat"].take()
+        until(lambda: w.services["hear"].asked_to_unload == 1)
+        w.broker.outsiders.hold(None, None, None)
+        until(lambda: w.services["chat"].used_mib() == 300)
+        assert w.services["hear"].used_mib() == 2000
+        w.services["hear"].unload_gate.set()
+        until(lambda: w.services["hear"].used_mib() == 300)
+
+
 # -- the card at rest ---------------------------------------------------------------------------------------
 
 
@@ -354,6 +371,7 @@ def test_who_was_unloaded_for_somebody_comes_back() -> None:
         until(lambda: w.services["chat"].used_mib() == 9000)
         until(lambda: any(event["type"] == "restore" for event in w.broker.state.events))
         assert w.services["paint"].used_mib() < 768
+        assert w.store.intents == []
         shown = {c["name"]: c for c in snapshot(w.broker)["consumers"]}
         assert shown["chat"]["total_requests"] == 0
         assert w.lease("paint").consumer == "paint"  # and whoever asks comes first again
@@ -374,5 +392,95 @@ def test_nobody_makes_room_for_a_preload() -> None:
     with started(big, chat, rest={"chat": Rest(preload=True)}) as w:
         w.services["chat"].can_restore = True
         w.services["big"].take()
-        until(lambda: w.broker.state.memory["chat"].not_before > w.clock.monotonic())
+        until(lambda: w.broker.state.memory["chat"].load_not_before > w.clock.monotonic())
         assert (w.services["big"].asked_to_unload, w.services["chat"].used_mib()) == (0, 0)
+
+
+class _SlowRestore:
+    """A restore that the test lets end; later ones do so at once."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.called, self.may_return = threading.Event(), threading.Event()
+        self.count = 0
+        service.restore, service.can_restore = self, True  # type: ignore[method-assign]
+
+    def __call__(self) -> None:
+        self.count += 1
+        self.called.set()
+        self.may_return.wait(10)
+        self._service.take()
+
+
+def _asked_while_it_is_brought_back(w: StartedWorld, name: str) -> _SlowRestore:
+    """``chat`` was unloaded for ``paint`` and comes back; then somebody asks for ``name``, and has held it."""
+    restore = _SlowRestore(w.services["chat"])
+    w.services["chat"].take()
+    w.broker.release(w.lease("paint").token)
+    assert restore.called.wait(10)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(w.lease, name, wait_seconds=30)
+        until(lambda: bool(w.broker.state.queue.waiting()))
+        restore.may_return.set()
+        w.broker.release(asked.result(10).token)
+    return restore
+
+
+# A restore that somebody's request had interrupted was never tried again: its own undoing had cleared the wish.
+def test_a_restore_that_is_interrupted_is_made_up_for() -> None:
+    with started(PAINT, CHAT, rest={"chat": Rest(restore=True, restore_after_seconds=0.2)}) as w:
+        restore = _asked_while_it_is_brought_back(w, "paint")
+        until(lambda: restore.count == 2)
+        until(lambda: any(event["type"] == "restore" for event in w.broker.state.events))
+
+
+# Whoever asked for the very one that came back waited for its load, for its unload, and loaded it anew.
+def test_what_comes_back_stays_for_who_asks_for_it() -> None:
+    with started(PAINT, CHAT, rest={"chat": Rest(restore=True, restore_after_seconds=0.2)}) as w:
+        _asked_while_it_is_brought_back(w, "chat")
+        assert (w.services["chat"].asked_to_unload, w.services["chat"].used_mib()) == (1, 9000)
+
+
+# What had failed to come back was not unloaded for five minutes either, whoever had loaded it meanwhile.
+def test_who_could_not_be_brought_back_is_in_nobodys_way() -> None:
+    w = world(rest={"chat": Rest(preload=True)})
+    w.services["chat"].can_restore = True
+    w.broker.housekeeping._bring_back = lambda _: SchedulerTimeout("somebody was first")
+    keep_house(w)
+    w.services["chat"].take()
+    play(w, (41, "bg3.exe"))
+    keep_house(w)
+    assert w.services["chat"].used_mib() == 300
+
+
+def test_a_use_that_ended_since_it_was_asked_counts_as_work() -> None:
+    w = world()
+    chat = w.services["chat"]
+    chat.take()
+    chat.computing = False
+    says = chat.busy
+
+    def busy() -> bool | None:
+        """A lease comes and goes while its answer is on its way, and leaves work behind."""
+        said = says()
+        if chat.asked_whether_busy == 1:
+            w.broker.release(w.grant("chat").token)
+            chat.computing = True
+        return said
+
+    play(w, (41, "bg3.exe"))
+    w.broker.observe_card()
+    chat.busy = busy  # type: ignore[method-assign]
+    keep_house(w)
+    assert (chat.asked_whether_busy, chat.asked_to_unload) == (1, 0)
+    keep_house(w)
+    chat.computing = False
+    keep_house(w)
+    assert (chat.asked_to_unload, chat.unloads_while_computing) == (1, 0)
+
+
+def test_nothing_is_brought_back_where_calls_only_pass() -> None:
+    w = world(mode="passthrough", rest={"chat": Rest(preload=True)})
+    w.services["chat"].can_restore = True
+    keep_house(w)
+    assert (w.services["chat"].used_mib(), events(w, "restore")) == (0, [])
