@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gpumgr.config import Rest
 from gpumgr.core.catalog import Consumer, overlap
@@ -71,10 +71,12 @@ class Housekeeping:
     def round(self) -> float:
         """One look and what follows from it; the seconds until the next."""
         going = self._chosen()
-        asked = {name: self._uses(name) for name in going}
-        idle = {name: uses for name, uses in asked.items() if not self._computes(name)}
-        if idle:
-            self._clear(idle)
+        hung = self._that_said_nothing(going)
+        for names in ([name for name in going if name not in hung], hung):  # a report that hangs takes its time
+            asked = {name: self._uses(name) for name in names}
+            idle = {name: uses for name, uses in asked.items() if not self._computes(name)}
+            if idle:
+                self._clear(idle)
         name = self._to_restore()
         if name is not None:
             self._restore(name)
@@ -117,6 +119,10 @@ class Housekeeping:
             idle_unload_seconds=self._rest.get(name, Rest()).idle_unload_seconds,
             not_before=remembered.unload_not_before,
         )
+
+    def _that_said_nothing(self, names: Iterable[str]) -> list[str]:
+        with self._state.lock:
+            return [name for name in names if self._state.memory[name].busy_error is not None]
 
     def _uses(self, name: str) -> int:
         with self._state.lock:

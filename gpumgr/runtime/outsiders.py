@@ -6,6 +6,7 @@ Owns: beginning and ending a hold, and what a look for games means. Must not: un
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -34,6 +35,7 @@ class Outsiders:
         self._games = games
         self._changed = changed
         self._kept: Paused | None = None
+        self._writing = threading.Lock()
 
     def hold(self, reason: str | None, ttl_seconds: float | None, by: str | None) -> Pause:
         """Keep the card free from now on; one that lasts already is replaced. It survives a restart."""
@@ -46,7 +48,7 @@ class Outsiders:
             self._state.pause(pause)
         self._state.note("hold", None, by=by, reason=reason, until_at=pause.until_at)
         log.info("hold by=%s reason=%s until=%s", by, reason, pause.until_at)
-        self._write(kept)
+        self._write()
         self._changed()
         return pause
 
@@ -54,11 +56,12 @@ class Outsiders:
         """Whether there was a hold to end."""
         with self._state.lock:
             lasted = self._state.outside.paused(self._clock.monotonic()) is not None
+            self._kept = None
             self._state.pause(None)
         if lasted:
             self._state.note("resume", None, by=by)
             log.info("resume by=%s", by)
-        self._write(None)
+        self._write()
         self._changed()
         return lasted
 
@@ -92,10 +95,12 @@ class Outsiders:
             reason=kept.reason,
         )
 
-    def _write(self, kept: Paused | None) -> None:
-        """A broken disk stops no hold: it is owed, and lost only if the process ends before the disk works again."""
+    def _write(self) -> None:
+        """A broken disk stops no hold: it is owed, and lost only if the process ends before the disk works again. Of
+        two at a time the one that is in force is written last."""
         try:
-            self._store.paused(kept)
+            with self._writing:
+                self._store.paused(self._kept)
         except StoreError as error:
             store_failed(self._state, error)
 

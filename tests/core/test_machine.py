@@ -530,7 +530,7 @@ class BrokerMachine(RuleBasedStateMachine):
             users = self.users() | {w.name for w in self.preparing()}
             for name in NAMES:
                 service = world.services[name]
-                asked_in_vain = world.broker.state.memory[name].not_before > self.now
+                asked_in_vain = world.broker.state.memory[name].unload_not_before > self.now
                 if name not in users and not self.says_busy(name) and not service.lies and not asked_in_vain:
                     held = [service.used_mib(gpu) for gpu in SIZES[name]]
                     assert max(held) <= WORN_MIB, f"{name} stays on a card that is kept free: {held}"

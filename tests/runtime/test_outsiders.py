@@ -11,7 +11,8 @@ import pytest
 from gpumgr.config import Rest
 from gpumgr.core.outside import Pause
 from gpumgr.errors import GpuYielded, InsufficientVram, SchedulerTimeout
-from gpumgr.runtime.ports import StoreError
+from gpumgr.runtime import preparation
+from gpumgr.runtime.ports import BackendError, StoreError
 from gpumgr.runtime.snapshot import hold_facts, snapshot
 from tests.waiting import until
 from tests.worlds import Service, StartedWorld, World, catalog, consumer, started
@@ -210,6 +211,32 @@ def test_a_proxied_call_does_not_push_a_game_out() -> None:
     play(w, (41, "bg3.exe"))
     with pytest.raises(GpuYielded):
         w.call("paint")
+
+
+def test_what_is_larger_than_the_card_is_no_games_doing() -> None:
+    w = World(catalog(consumer("huge", 30000)))
+    play(w, (41, "bg3.exe"))
+    assert isinstance(w.refusal("huge"), InsufficientVram)
+
+
+def test_a_report_that_hangs_delays_nobody_else() -> None:
+    w = world()
+    paint, chat = w.services["paint"], w.services["chat"]
+    paint.computing, chat.computing = False, BackendError("hung", "no answer in time")
+    chat.take()
+    paint.take()
+    w.broker.observe_card()
+    preparation.ask_busy(w.broker.state, "chat", chat)  # it said nothing the last time
+    ask, seen = chat.busy, []
+
+    def busy() -> bool | None:
+        seen.append(paint.asked_to_unload)
+        return ask()
+
+    chat.busy = busy  # type: ignore[method-assign]
+    w.broker.outsiders.hold(None, None, None)
+    keep_house(w)
+    assert seen == [1]
 
 
 def test_a_game_on_another_card_is_nobodys_business() -> None:
