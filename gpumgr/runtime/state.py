@@ -820,6 +820,8 @@ class State:
         self.ledger.unloaded(self.catalog.consumers[victim.consumer], victim, rfc3339(self._clock.utc()))
         if victim.reason is None:
             remembered.wanted_back = wanted_back
+            if not remembered.recognised:
+                self.outside = self.outside.reading(reading).unloaded(self.catalog.consumers[victim.consumer].gpus)
             remembered.evictions += victim.asked
             self.dirty.add(victim.consumer)
             remembered.used_since_unload = False

@@ -10,6 +10,7 @@ import pytest
 
 from gpumgr.config import Rest
 from gpumgr.core.outside import Pause
+from gpumgr.core.placement import Report
 from gpumgr.errors import GpuYielded, InsufficientVram, SchedulerTimeout
 from gpumgr.runtime import preparation
 from gpumgr.runtime.ports import BackendError, StoreError
@@ -265,6 +266,18 @@ def test_a_trough_is_not_lent() -> None:
     assert "it fits once game.exe has gone" in error.message
     w.pass_time(301)
     assert w.grant("paint").consumer == "paint"
+
+
+def test_a_backend_that_is_taken_for_a_stranger_gives_back_for_good() -> None:
+    """Its process cannot be attributed and stays after the unload: it is not held at what it had before."""
+    w = world(gpu={"untracked_peak_seconds": 300})
+    chat = w.services["chat"]
+    w.probe._owner_of_port = {port: name for port, name in w.probe._owner_of_port.items() if name != "chat"}
+    chat.loaded = lambda: Report(loaded=chat.used_mib() > 768, used_mib=chat.used_mib())  # type: ignore[method-assign]
+    chat.take()
+    w.broker.observe_card()
+    assert w.grant("paint").consumer == "paint"
+    assert chat.used_mib() == 300
 
 
 def test_a_refusal_says_who_could_go_and_since_when_the_stranger_is_there() -> None:
