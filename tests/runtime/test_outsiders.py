@@ -270,7 +270,7 @@ def test_a_trough_is_not_lent() -> None:
 
 def test_a_backend_that_is_taken_for_a_stranger_gives_back_for_good() -> None:
     """Its process cannot be attributed and stays after the unload: it is not held at what it had before."""
-    w = world(gpu={"untracked_peak_seconds": 300})
+    w = World(catalog(consumer("paint", 18000), CHAT, HEAR), gpu={"untracked_peak_seconds": 300})
     chat = w.services["chat"]
     w.probe._owner_of_port = {port: name for port, name in w.probe._owner_of_port.items() if name != "chat"}
     chat.loaded = lambda: Report(loaded=chat.used_mib() > 768, used_mib=chat.used_mib())  # type: ignore[method-assign]
