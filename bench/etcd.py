@@ -6,16 +6,20 @@ the same file system and sync them before they answer (etcd's --unsafe-no-fsync 
 waits, nothing is unloaded.
 
 Bar: ours at most 2/3 of etcd's time at p50. Not part of `make bench`, as it needs etcd: apt install etcd-server.
+
+Beside them in the same rounds what no code of ours can go below in this shape: ``empty`` is two requests that ask for
+nothing (/healthz), ``commits`` two transactions of one row in a database of SQLite that is kept as ours is.
 """
 
 from __future__ import annotations
 
 import base64
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +33,7 @@ from tests.waiting import until
 AT_MOST = 0.667
 WARM_UP = 20
 TTL_SECONDS = 60
+LEASE_BYTES = 400
 NAME = base64.b64encode(b"mvoice").decode()
 START_SECONDS = 20
 
@@ -37,13 +42,14 @@ def run(rounds: int = 300) -> Figure:
     with tempfile.TemporaryDirectory(prefix="gpumgr-bench-etcd-") as directory, rig() as stage:
         stage.load_speech()
         with _etcd(Path(directory)) as port, Caller(port) as theirs, Caller(stage.broker().port) as ours:
-            pairs = [(_ours(ours), _theirs(theirs)) for _ in range(rounds + WARM_UP)][WARM_UP:]
-    own, etcds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            commit = _commits(Path(directory))
+            rows = [(_ours(ours), _theirs(theirs), _empty(ours), commit()) for _ in range(rounds + WARM_UP)][WARM_UP:]
+    own, etcds, empty, commits = ([row[column] for row in rows] for column in range(4))
     ratio = quantile(own, 0.5) / quantile(etcds, 0.5)
     return Figure(
         name="etcd",
         unit="ms",
-        measured=spread("ours", own) | spread("etcd", etcds) | {"rounds": rounds},
+        measured=spread("ours", own) | spread("etcd", etcds) | spread("empty", empty) | spread("commits", commits),
         bars=[Bar("durable acquire and release / etcd's, p50", round(ratio, 3), AT_MOST, "times")],
     )
 
@@ -61,6 +67,27 @@ def _theirs(caller: Caller) -> float:
     caller.call("POST", "/v3/lock/unlock", {"key": key}).require()
     caller.call("POST", "/v3/lease/revoke", {"ID": lease}).require()
     return time.perf_counter() - start
+
+
+def _empty(caller: Caller) -> float:
+    start = time.perf_counter()
+    for _ in range(2):
+        caller.call("GET", "/healthz").require()
+    return time.perf_counter() - start
+
+
+def _commits(directory: Path) -> Callable[[], float]:
+    database = sqlite3.connect(directory / "commits.sqlite3", isolation_level=None)
+    for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "CREATE TABLE lease (told TEXT)"):
+        database.execute(statement)
+
+    def commit() -> float:
+        start = time.perf_counter()
+        for _ in range(2):
+            database.execute("INSERT INTO lease VALUES (?)", ("x" * LEASE_BYTES,))
+        return time.perf_counter() - start
+
+    return commit
 
 
 @contextmanager

@@ -253,7 +253,8 @@ class NvmlProbe:
             replace(
                 gpu,
                 processes=tuple(
-                    replace(p, name=last_component(p.name) or p.name, consumer=owners[p.pid]) for p in gpu.processes
+                    GpuProcess(p.pid, last_component(p.name) or p.name, p.used_mib, owners[p.pid])
+                    for p in gpu.processes
                 ),
             )
             for gpu in seen

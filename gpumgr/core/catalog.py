@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from gpumgr.core.card import Reading
 from gpumgr.errors import ConsumerUnknown, KindUnknown
@@ -111,7 +112,7 @@ class Catalog:
         )
         return replace(self, consumers={**self.consumers, name: kept})
 
-    @property
+    @cached_property
     def gpus(self) -> tuple[GpuRef, ...]:
         """Every GPU that some consumer uses, each once."""
         return tuple(dict.fromkeys(ref for c in self.consumers.values() for ref in c.gpus))

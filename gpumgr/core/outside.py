@@ -81,7 +81,8 @@ class Stranger:
         last = self.recent[-1][1] if self.recent else 0
         kept = [(at, mib) for at, mib in kept if mib > used_mib]
         kept.append((now, used_mib))
-        return replace(self, recent=tuple(kept), grown_at=now if used_mib > last else self.grown_at)
+        grown_at = now if used_mib > last else self.grown_at
+        return Stranger(self.pid, self.name, self.since, tuple(kept), grown_at)
 
     def grows(self, now: float) -> bool:
         return now - self.grown_at < GROWING_SECONDS

@@ -818,6 +818,7 @@ class Broker:
         reading = self._probe.read()
         with self.state.lock:
             self.state.note_reading(reading)
+            self.state.ledger.warn()
             self._card_read.notify_all()
             return self.state.ledger.look_again_seconds(CARD_EACH_SECONDS, self.clock.monotonic())
 

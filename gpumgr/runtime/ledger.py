@@ -43,6 +43,8 @@ class Ledger:
     _owed: list[tuple[str, Entry]] = field(default_factory=list)
     _warned: dict[str, frozenset[str]] = field(default_factory=dict)
     """Kinds of warnings that the log has already, by consumer."""
+    _unjudged: dict[str, Consumer] = field(default_factory=dict)
+    """Whose account has changed since warnings were looked for."""
 
     def account(self, consumer: str) -> Account:
         return self.accounts.get(consumer, Account())
@@ -71,10 +73,17 @@ class Ledger:
         self.accounts[name] = self.account(name).with_entry(entry)
         self._owed.append((name, entry))
         self.changes += 1
-        found = warnings_of(consumer, self.accounts[name])
-        for kind in found.keys() - self._warned.get(name, frozenset()):
-            log.warning("%s consumer=%s: %s", kind, name, found[kind])
-        self._warned[name] = frozenset(found)
+        self._unjudged[name] = consumer
+
+    def warn(self) -> None:
+        """Tell the log of what an operator should look at and it has not yet. Not as each entry comes: a grant would
+        have to wait for it."""
+        unjudged, self._unjudged = self._unjudged, {}
+        for name, consumer in unjudged.items():
+            found = warnings_of(consumer, self.accounts[name])
+            for kind in found.keys() - self._warned.get(name, frozenset()):
+                log.warning("%s consumer=%s: %s", kind, name, found[kind])
+            self._warned[name] = frozenset(found)
 
     def follows(self, consumer: str) -> bool:
         """Whether a reading is awaited that tells of it, also where nobody holds it any more."""
