@@ -28,18 +28,17 @@ from gpumgr.adapters.cgroups import (
     paths_of,
     units_of,
 )
+from gpumgr.adapters.listeners import listening
 
 STRANGER_SECONDS = 2.0
 LONGEST_STRANGER_SECONDS = 10.0
 """A process that nobody claims may start to listen later. It is looked at again after this long, each time twice as
-long as before, up to the longest: a game is one for hours, and a look costs 10 ms where ports are claimed."""
+long as before, up to the longest: a game is one for hours."""
 
 TABLE_SECONDS = 1.0
-"""One table of listening sockets serves all processes looked at within this: the kernel takes 5 to 15 ms for it, as
-it walks through all it has room for (measured on 6.18, 2026-11)."""
+"""One table of listening sockets serves all processes looked at within this."""
 
 _REMEMBERED = 256
-_LISTENING = b"0A"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +179,7 @@ class Ownership:
         if _network_namespace(pid) != _network_namespace(os.getpid()):
             return {}
         if self._table is None or self._clock() >= self._table.read_again_at:
-            ports = {inode: port for inode, port in _read_listeners() if port in self._ports}
+            ports = {inode: port for inode, port in listening() if port in self._ports}
             self._table = _Table(ports, self._clock() + TABLE_SECONDS)
         return self._table.ports
 
@@ -276,17 +275,6 @@ def _network_namespace(pid: int) -> int:
         return os.stat(f"/proc/{pid}/net/tcp").st_ino
     except OSError:
         return 0
-
-
-def _read_listeners() -> Iterator[tuple[int, int]]:
-    """Inode and port of every listening TCP socket in our network namespace (proc_pid_net(5))."""
-    for table in ("tcp", "tcp6"):
-        with suppress(OSError), open(f"/proc/self/net/{table}", "rb") as file:
-            next(file, None)
-            for line in file:
-                fields = line.split()
-                if fields[3] == _LISTENING:
-                    yield int(fields[9]), int(fields[1].rpartition(b":")[2], 16)
 
 
 def _socket_inodes(pid: int) -> Iterator[int]:
