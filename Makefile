@@ -7,7 +7,7 @@ SOURCES := setup.cfg pyproject.toml
 # Brokers are started a hundred times by the suite: compiled once, each serves a third of a second sooner.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup install demo run test real lint type format bench bench-etcd torture clean
+.PHONY: setup install demo run test long real lint type format bench bench-etcd torture clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gpumgr needs python3 >= 3.11: make PYTHON=python3.11"; exit 1; }
@@ -41,6 +41,9 @@ run: $(VENV)/.server           ## the broker on config/consumers.yaml
 
 test: $(VENV)/.test            ## the whole suite; without `make real` it skips the real servers, and says so
 	$(BIN)/pytest -n 4 --dist loadscope
+
+long: $(VENV)/.test            ## what is too long for the suite: the hunt for mutants, 2 000 wrong requests, a short torture
+	$(BIN)/pytest -n 4 --dist loadscope -m long
 
 real: $(VENV)/.real            ## piper and faster-whisper with their models for the suite, some 700 MB; no GPU needed
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -850,7 +851,8 @@ class BrokerMachine(RuleBasedStateMachine):
         if isinstance(error, SchedulerTimeout | PrepareTimeout):
             return
         if isinstance(error, GpuYielded):
-            assert self.free_until is not None, "refused for nobody's sake"
+            told_then = wanted.over  # by the hold itself; its preparation has only just come to its end
+            assert told_then or self.free_until is not None, "refused for nobody's sake"
             return
         assert isinstance(error, InsufficientVram | EvictionFailed), error
         assert not wanted.proxied, f"a call was refused: {error}"
@@ -1064,7 +1066,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
 
 MACHINE = settings(
-    max_examples=250,
+    max_examples=80,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
@@ -1073,3 +1075,8 @@ MACHINE = settings(
 
 def test_no_order_of_events_breaks_a_rule() -> None:
     run_state_machine_as_test(BrokerMachine, settings=MACHINE)
+
+
+@pytest.mark.long
+def test_no_order_of_events_breaks_a_rule_in_a_long_search() -> None:
+    run_state_machine_as_test(BrokerMachine, settings=settings(MACHINE, max_examples=500))

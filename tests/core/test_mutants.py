@@ -752,6 +752,7 @@ def test_its_story_notices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         STORIES[name]()
 
 
+@pytest.mark.long
 class Hunt:
     """How long one takes is luck; a class is what the suite gives to one process."""
 

@@ -21,6 +21,7 @@ from tests.brokers import RunningBroker
 from tests.callers import Answer, Caller
 from tests.upstreams import Upstream, whole
 
+pytestmark = pytest.mark.long
 SECRET = "correct-horse-battery"  # noqa: S105 - it stands for one
 ROUNDS = 1000
 """So many of the dice for each of two brokers."""

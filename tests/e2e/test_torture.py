@@ -15,6 +15,7 @@ from tests.torture.nemesis import Moods
 from tests.torture.plan import Plan
 from tests.torture.run import torture
 
+pytestmark = pytest.mark.long
 OFTEN = Moods(every_seconds=(0.3, 1.2))
 
 
