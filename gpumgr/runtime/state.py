@@ -53,6 +53,10 @@ SLEPT_SECONDS = 1.0
 """Less than this is the two clocks' own difference."""
 
 
+SAME_CLOCK = timedelta(seconds=0.05)
+"""Two looks at both clocks differ by less, unless one was set or a thread stood still between them."""
+
+
 @dataclass
 class Memory:
     """What the broker remembers of one consumer."""
@@ -157,6 +161,8 @@ class State:
         self._kept: dict[str, KeptLease] = {}
         """Consumers that the configuration knows not, or otherwise, by name, with a lease that they still have."""
         self._slept = clock.slept()
+        self._zero: datetime | None = None
+        """The monotonic clock's zero by the wall clock."""
         self.calls: dict[int, Call] = {}
         """Proxied calls that hold their consumer's GPUs, and those that pass under a lease."""
         self.followed: dict[int, Followed] = {}
@@ -892,8 +898,12 @@ class State:
         return self._clock.monotonic()
 
     def shown(self, instant: float) -> str:
-        """A monotonic instant as RFC 3339 UTC with milliseconds."""
-        return rfc3339(self._clock.utc() + timedelta(seconds=instant - self._clock.monotonic()))
+        """A monotonic instant as RFC 3339 UTC with milliseconds. The same one is shown alike each time, although the
+        two clocks are never read at once: only a clock that was set, or has drifted, shows it otherwise."""
+        zero = self._clock.utc() - timedelta(seconds=self._clock.monotonic())
+        if self._zero is None or abs(zero - self._zero) > SAME_CLOCK:
+            self._zero = zero
+        return rfc3339(self._zero + timedelta(seconds=instant))
 
     def waited(self, ticket: Ticket) -> float:
         """Seconds since it came, to the millisecond."""

@@ -16,7 +16,7 @@ from gpumgr.errors import (
 )
 from gpumgr.runtime.ports import StoreError
 from gpumgr.runtime.preparation import Step
-from tests.worlds import HadIt, World, catalog, consumer, request
+from tests.worlds import HadIt, ManualClock, World, catalog, consumer, request
 
 
 @pytest.fixture
@@ -173,3 +173,14 @@ def test_after_an_unload_a_refusal_looks_once_more() -> None:
     game.set_used(8000)
     world.prepare()
     assert isinstance(caller.answer, Lease)
+
+
+def test_one_instant_is_shown_alike_each_time(world: World) -> None:
+    """A retry of one request is answered like the first, although the clocks are never read at the same instant."""
+    state, clock = world.broker.state, world.clock
+    assert isinstance(clock, ManualClock)
+    first = state.shown(clock.now + 60)
+    clock.asleep += 0.003  # between the two looks, so that they are 3 ms apart
+    assert state.shown(clock.now + 60) == first
+    clock.asleep += 3600  # the wall clock was set, or the machine slept
+    assert state.shown(clock.now + 60) > first
