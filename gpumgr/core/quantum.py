@@ -78,7 +78,7 @@ class Quantum:
         first: list[Entry] = []
         behind: list[tuple[Entry, float]] = []
         for entry in heads(line, catalog):  # 6
-            needs = self._needs(entry, line, catalog, stays, swap_seconds)
+            needs = self.swap_needed(entry, line, catalog, stays, swap_seconds)
             if needs is None or (needs.due_at <= now and not _held_up(entry, behind, catalog)):
                 first.append(entry)
             else:
@@ -94,10 +94,10 @@ class Quantum:
                 look_again_at = until if look_again_at is None else min(look_again_at, until)
         return Turns(found, look_again_at)
 
-    def _needs(
+    def swap_needed(
         self, entry: Entry, line: Line, catalog: Catalog, stays: Mapping[str, Stay], swap_seconds: SwapSeconds
     ) -> Swap | None:
-        """The swap that it needs; None: none."""
+        """The swap that a waiting request needs; None: none. Also for whoever has to say why it waits."""
         due_at, lingers_until = float("-inf"), float("-inf")
         found = False
         for name in catalog.excluded[entry.consumer]:
