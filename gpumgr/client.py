@@ -56,6 +56,9 @@ class HeldLease:
     gpu: Gpu
     grant: dict[str, Any]
     expires: float
+    yield_reason: str | None = None
+    """Who asks for the card, as the last renew told: an operator, or a game. Nothing forces a holder: one that can stop
+    between two steps releases and acquires anew."""
     _lost: str | None = None
     _ended: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -101,6 +104,7 @@ class HeldLease:
             self._lost = "the broker does not know it any more"
             raise LeaseLost(f"the lease of {self.grant['consumer']} is lost: {self._lost}") from None
         self.grant |= {"ttl_seconds": answer["ttl_seconds"], "expires_at": answer["expires_at"]}
+        self.yield_reason = answer.get("yield_reason")
         self.expires = sent + float(answer["ttl_seconds"])
         return answer
 

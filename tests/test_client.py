@@ -119,6 +119,20 @@ def test_acquire_leaves_the_renewing_to_the_caller(gpu: Gpu, broker: RunningBrok
     assert leases(broker) == []
 
 
+def test_a_holder_is_told_who_wants_the_card(gpu: Gpu) -> None:
+    lease = gpu.acquire(consumer="ollama")
+    held = gpu.hold("bg3", 600)
+    assert held is not None
+    assert (held["state"], held["in_use"]) == ("draining", ["ollama"])
+    lease.renew()
+    assert lease.yield_reason is not None
+    assert "keeps the GPU free (bg3)" in lease.yield_reason
+    assert gpu.resume() is True
+    assert gpu.held() is None
+    assert lease.renew()["yield_requested"] is False
+    lease.release()
+
+
 def test_the_renewing_ends_with_the_lease(gpu: Gpu) -> None:
     with gpu.lease("llm") as lease:
         name = f"gpumgr-renew-{lease.grant['lease_id']}"

@@ -346,6 +346,10 @@ class UnthreadedBroker(Broker):
     def _await(self, waited: Ticket, deadline: float, line: Line) -> Lease | Call:
         raise _Waits(waited, deadline, line)
 
+    def _await_end(self, token: str) -> None:
+        """There is no other thread that could be writing it down."""
+        assert token not in self.state.ending, "a lease is over and nobody writes that down"
+
     def _begin_quarantine(self, quarantine: Quarantine) -> None:
         look = self._watchman.looker(quarantine, self._end_quarantine)
         if look():

@@ -25,7 +25,10 @@ from gpumgr.adapters.ownership import last_component, lineage, started_ticks
 
 YOUNG_SECONDS = 15.0
 SOON_SECONDS = 0.25
-_STEAM_OWN = ("steam*", "srt-*", "reaper", "pressure-vessel*", "pv-*", "*gameoverlay*", "fossilize*", "sh", "bash")
+_STEAM_OWN = (
+    *("steam*", "srt-*", "reaper", "pressure-vessel*", "pv-*", "*gameoverlay*", "fossilize*", "*driverque*"),
+    *("sh", "bash"),
+)
 _STEAM = ("steam", "steam.exe")
 _PROTON = ("waitforexitandrun", "waitforexit")
 

@@ -12,7 +12,7 @@ Three claims, strongest first:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from gpumgr.core.card import GpuProcess, GpuReading, Reading
@@ -114,6 +114,16 @@ class Outside:
         if known is None or known.name != process.name:
             known = Stranger(process.pid, process.name, since=now)
         return known.seen(process.used_mib, now, self.peak_seconds)
+
+    def unloaded(self, gpus: Iterable[GpuRef]) -> Outside:
+        """Somebody whose processes are taken for strangers has given memory back on these GPUs: which of them it was
+        nobody can tell, so that none of them is held at what it had before."""
+        there = set(gpus)
+        strangers = {
+            key: replace(each, recent=each.recent[-1:]) if key[0] in there else each
+            for key, each in self.strangers.items()
+        }
+        return replace(self, strangers=strangers)
 
     def stranger(self, gpu: int, pid: int) -> Stranger | None:
         return self.strangers.get((gpu, pid))

@@ -42,7 +42,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gpumgr.core.card import UNKNOWN_TOTAL_MIB, GpuProcess, GpuReading, Reading
+from gpumgr.core.card import GpuProcess, GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
 from gpumgr.core.outside import Game, Outside, Pause, Stranger
 from gpumgr.errors import EvictionFailed, GpuUnreadable, GpuYielded, InsufficientVram, Refused
@@ -404,16 +404,16 @@ def keeps_out(target: Consumer, view: View) -> GpuYielded | None:
     if pause is not None:
         return yielded(target, pause, view)
     games = view.outside.games_on(target.gpus)
+    if view.reading.problems(target.gpus) or impossible(target, view):
+        return None  # which is worse, and no game's doing
     if games and any(target.needs_mib(gpu) > _beside_strangers(view, gpu) for gpu in target.gpus):
         return yielded(target, games[0], view)
     return None
 
 
 def _beside_strangers(view: View, gpu: GpuRef) -> int:
-    """What could be lent of this GPU if every consumer were gone. Unreadable: whatever is asked for."""
-    read = view.reading.gpu(gpu)
-    if read is None or not read.readable:
-        return UNKNOWN_TOTAL_MIB
+    """What could be lent of this GPU if every consumer were gone."""
+    read = _gpu(view, gpu)
     strangers = sum(process.used_mib or 0 for process in read.untracked)
     return read.total_mib - view.headroom_mib - strangers - view.kept_mib(gpu)
 

@@ -138,7 +138,13 @@ class Broker:
         self.outsiders = Outsiders(self.state, store, clock, games, self._outside_changed)
         self._games = Rounds("watch-games", self.outsiders.look_for_games) if games is not None else None
         self.housekeeping = Housekeeping(
-            self.state, probe, dialects, evictor, clock, settings.rest, bring_back=self._bring_back
+            self.state,
+            probe,
+            dialects,
+            evictor,
+            clock,
+            {} if self._lets_pass else settings.rest,  # there nobody is prepared, and so nobody loaded
+            bring_back=self._bring_back,
         )
         self._housekeeper = Rounds("housekeeping", self.housekeeping.round)
 
@@ -567,13 +573,13 @@ class Broker:
         if error is not None:
             log.warning("a call got no answer consumer=%s: %s", consumer, error)
 
-    def _bring_back(self, name: str) -> str | None:
+    def _bring_back(self, name: str) -> GpumgrError | None:
         """Through the line, as a request that is nobody's; why it could not be, or None."""
         ask = Ask(consumer=name, wait_seconds=0.0, holder=RESTORES, restoring=True)
         try:
             call = self._granted(ask, Caller(), proxied=False)
         except GpumgrError as error:
-            return str(error)
+            return error
         if isinstance(call, Call):
             self.end_call(call)
         return None

@@ -5,7 +5,8 @@ Owns: the rounds of one thread, ``housekeeping``, and the order of their steps. 
     1. decide     under the lock, from the last reading: who may go, and why
     2. ask        those that can say so whether they compute; whoever does is left alone until the next round
     3. decide     again: whoever is still to go leaves service under that lock
-    4. unload     with the evictor's proof, and back in service
+    4. unload     with the evictor's proof, and back in service: on a short thread, ``clear``, not waited for where
+                  that takes long
     5. restore    one consumer at a time, through the line like anybody's request, so that every rule holds for it too
 
 It is a thread of its own and no preparation's, as nobody waits for it: a server that hangs must not hold up a request.
@@ -14,7 +15,8 @@ It is a thread of its own and no preparation's, as nobody waits for it: a server
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gpumgr.config import Rest
 from gpumgr.core.catalog import Consumer, overlap
@@ -29,6 +31,7 @@ from gpumgr.core.rest import (
     to_clear,
     to_restore,
 )
+from gpumgr.errors import GpumgrError, GpuYielded, RequestEnded, SchedulerTimeout
 from gpumgr.runtime.evictor import Evictor
 from gpumgr.runtime.ports import Clock, Dialect, Probe
 from gpumgr.runtime.preparation import ask_busy
@@ -38,6 +41,8 @@ log = logging.getLogger(__name__)
 
 SOON_SECONDS = 0.25
 LATER_SECONDS = 1.0
+PATIENCE_SECONDS = 1.0
+"""After that an unload goes on by itself: whoever hangs must not keep the others on the card when a game begins."""
 
 
 class Housekeeping:
@@ -51,7 +56,7 @@ class Housekeeping:
         evictor: Evictor,
         clock: Clock,
         rest: Mapping[str, Rest],
-        bring_back: Callable[[str], str | None],
+        bring_back: Callable[[str], GpumgrError | None],
     ) -> None:
         self._state = state
         self._probe = probe
@@ -66,9 +71,12 @@ class Housekeeping:
     def round(self) -> float:
         """One look and what follows from it; the seconds until the next."""
         going = self._chosen()
-        idle = {name: why for name, why in going.items() if not self._computes(name)}
-        if idle:
-            self._clear(idle)
+        hung = self._that_said_nothing(going)
+        for names in ([name for name in going if name not in hung], hung):  # a report that hangs takes its time
+            asked = {name: self._uses(name) for name in names}
+            idle = {name: uses for name, uses in asked.items() if not self._computes(name)}
+            if idle:
+                self._clear(idle)
         name = self._to_restore()
         if name is not None:
             self._restore(name)
@@ -109,8 +117,16 @@ class Housekeeping:
             waited_for=any(entry.consumer == name for entry in state.queue.waiting()),
             intrudes=tuple(sorted({lease.consumer for lease in state.leases if name in state.intruders_of(lease)})),
             idle_unload_seconds=self._rest.get(name, Rest()).idle_unload_seconds,
-            not_before=remembered.not_before,
+            not_before=remembered.unload_not_before,
         )
+
+    def _that_said_nothing(self, names: Iterable[str]) -> list[str]:
+        with self._state.lock:
+            return [name for name in names if self._state.memory[name].busy_error is not None]
+
+    def _uses(self, name: str) -> int:
+        with self._state.lock:
+            return self._state.memory[name].uses
 
     def _computes(self, name: str) -> bool:
         """2. A report that hangs counts as busy, as everywhere."""
@@ -118,15 +134,31 @@ class Housekeeping:
             asks = self._state.may_ask_busy(name)
         return asks and bool(ask_busy(self._state, name, self._dialects[name]))
 
-    def _clear(self, idle: Mapping[str, Why]) -> None:
-        """3 and 4."""
+    def _clear(self, idle: Mapping[str, int]) -> None:
+        """3 and 4. ``idle``: who said so, and after how many uses: one that ended since may have left work."""
         with self._state.lock:
-            chosen = {name: why for name, why in self._choose().items() if name in idle}
+            memory = self._state.memory
+            chosen = {name: why for name, why in self._choose().items() if idle.get(name) == memory[name].uses}
             consumers = [self._state.catalog.consumers[name] for name in chosen]
             for name in chosen:
                 self._state.queue.take_out(name)
         if not chosen:
             return
+        unload = threading.Thread(target=self._unload, args=(chosen, consumers), name="clear", daemon=True)
+        try:
+            unload.start()
+        except RuntimeError:  # no thread to be had
+            self._unload(chosen, consumers)
+        else:
+            unload.join(PATIENCE_SECONDS)
+
+    def _unload(self, chosen: Mapping[str, Why], consumers: Sequence[Consumer]) -> None:
+        try:
+            self._unload_with_proof(chosen, consumers)
+        except Exception:
+            log.exception("an unload failed consumers=%s", ", ".join(chosen))
+
+    def _unload_with_proof(self, chosen: Mapping[str, Why], consumers: Sequence[Consumer]) -> None:
         back = set(chosen)
 
         def in_service(name: str) -> None:
@@ -150,7 +182,8 @@ class Housekeeping:
                 why = chosen[victim.consumer]
                 self._state.note_victim(victim, after, wanted_back=why in ("hold", "game"))
                 if victim.reason is not None:
-                    self._state.memory[victim.consumer].not_before = self._clock.monotonic() + AGAIN_SECONDS
+                    remembered = self._state.memory[victim.consumer]
+                    remembered.unload_not_before = self._clock.monotonic() + AGAIN_SECONDS
             self._state.note_reading(after)
         for victim in outcome:
             self._tell(victim, chosen[victim.consumer])
@@ -195,7 +228,7 @@ class Housekeeping:
             resident=remembered.resident_since is not None,
             quiet_since=quiet,
             after_seconds=0.0 if preload else rest.restore_after_seconds,
-            not_before=remembered.not_before,
+            not_before=remembered.load_not_before,
         )
 
     def _note_quiet(self, consumer: Consumer, now: float) -> float | None:
@@ -222,6 +255,10 @@ class Housekeeping:
             log.info("restore consumer=%s preload=%s", name, preload)
             return
         again = PRELOAD_AGAIN_SECONDS if preload else RESTORE_AGAIN_SECONDS
+        first = isinstance(failed, RequestEnded | GpuYielded | SchedulerTimeout)  # somebody else was
+        if first and not preload:
+            again = self._rest[name].restore_after_seconds
         with self._state.lock:
-            self._state.memory[name].not_before = self._clock.monotonic() + again
-        log.warning("it could not be brought back, again in %.0f s consumer=%s: %s", again, name, failed)
+            self._state.memory[name].load_not_before = self._clock.monotonic() + again
+        level = logging.INFO if first else logging.WARNING
+        log.log(level, "it could not be brought back, again in %.0f s consumer=%s: %s", again, name, failed)

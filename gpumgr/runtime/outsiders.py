@@ -6,6 +6,7 @@ Owns: beginning and ending a hold, and what a look for games means. Must not: un
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -33,6 +34,8 @@ class Outsiders:
         self._clock = clock
         self._games = games
         self._changed = changed
+        self._kept: Paused | None = None
+        self._writing = threading.Lock()
 
     def hold(self, reason: str | None, ttl_seconds: float | None, by: str | None) -> Pause:
         """Keep the card free from now on; one that lasts already is replaced. It survives a restart."""
@@ -41,10 +44,11 @@ class Outsiders:
         kept = Paused(now, now + timedelta(seconds=seconds), by, reason)
         pause = self._pause(kept)
         with self._state.lock:
+            self._kept = kept
             self._state.pause(pause)
         self._state.note("hold", None, by=by, reason=reason, until_at=pause.until_at)
         log.info("hold by=%s reason=%s until=%s", by, reason, pause.until_at)
-        self._write(kept)
+        self._write()
         self._changed()
         return pause
 
@@ -52,11 +56,12 @@ class Outsiders:
         """Whether there was a hold to end."""
         with self._state.lock:
             lasted = self._state.outside.paused(self._clock.monotonic()) is not None
+            self._kept = None
             self._state.pause(None)
         if lasted:
             self._state.note("resume", None, by=by)
             log.info("resume by=%s", by)
-        self._write(None)
+        self._write()
         self._changed()
         return lasted
 
@@ -64,12 +69,15 @@ class Outsiders:
         """With the lock held: one of an earlier life."""
         pause = self._pause(kept)
         if pause.lasts(self._clock.monotonic()):
+            self._kept = kept
             self._state.pause(pause)
 
     def end_what_is_over(self) -> None:
+        """Also where only the wall clock went on, as while the machine slept."""
         with self._state.lock:
-            pause = self._state.outside.pause
-            if pause is None or pause.lasts(self._clock.monotonic()):
+            pause, kept = self._state.outside.pause, self._kept
+            past = kept is not None and self._clock.utc() >= kept.until
+            if pause is None or (pause.lasts(self._clock.monotonic()) and not past):
                 return
             self._state.pause(None)
         self._state.note("resume", None, by=None, reason="its time is over")
@@ -87,10 +95,12 @@ class Outsiders:
             reason=kept.reason,
         )
 
-    def _write(self, kept: Paused | None) -> None:
-        """A broken disk stops no hold: it is owed, and lost only if the process ends before the disk works again."""
+    def _write(self) -> None:
+        """A broken disk stops no hold: it is owed, and lost only if the process ends before the disk works again. Of
+        two at a time the one that is in force is written last."""
         try:
-            self._store.paused(kept)
+            with self._writing:
+                self._store.paused(self._kept)
         except StoreError as error:
             store_failed(self._state, error)
 

@@ -192,13 +192,13 @@ class Preparation:
     def _end(self, error: GpumgrError | None) -> None:
         """Granted, or refused, or nobody waits any more. What is not granted frees its turn: in the same breath as the
         refusal, as whoever asks again must not meet its own old preparation; but after a load call only when the
-        memory it may have brought is gone again."""
-        if not isinstance(self._ticket.outcome, Lease | Call):
+        memory it may have brought is gone again, unless it is loaded and whoever goes next has asked for it."""
+        if not isinstance(self._ticket.outcome, Lease):  # with a lease it went in the same write
             self._world.store.forget_intent(self._ticket.seq)
         with self._state.lock:
             if error is not None:
                 self._state.refuse(self._ticket, error)
-            if not self._load_called:
+            if not self._load_called or (self._loaded and self._state.goes_next(self._target.name)):
                 self._state.abandon(self._ticket)
                 return
             granted = isinstance(self._ticket.outcome, Lease | Call)
@@ -454,7 +454,8 @@ class Preparation:
         after = self._world.probe.read()
         with state.lock:
             for victim in outcome:
-                state.note_victim(victim, after, wanted_back=not self._ticket.restoring)
+                own = victim.consumer == self._target.name  # undone, as somebody came who goes first
+                state.note_victim(victim, after, wanted_back=own or not self._ticket.restoring)
             self._ticket.tried.extend(outcome)
         for victim in outcome:
             self._tell(victim)

@@ -25,7 +25,7 @@ def snapshot(broker: Broker) -> dict[str, Any]:
     with state.lock:
         now = broker.clock.monotonic()
         holdings = state.holdings(state.reading, {})
-        promised = state.promised(state.in_use(), holdings)
+        promised = state.promised(state.in_use(), holdings, state.reading)
         return {
             "version": __version__,
             "started_at": rfc3339(broker.started_at) if broker.started_at else None,

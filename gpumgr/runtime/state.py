@@ -47,6 +47,8 @@ from gpumgr.runtime.ticket import Ask, Ticket
 log = logging.getLogger(__name__)
 
 EVENTS_KEPT = 200
+TAKING = (Phase.PREPARING, Phase.GRANTING, Phase.LIVE)
+"""Holds that may still take what they were granted; those on their way out have what they have."""
 SLEPT_SECONDS = 1.0
 """Less than this is the two clocks' own difference."""
 
@@ -81,8 +83,10 @@ class Memory:
     """It was on the card, and was unloaded for somebody else."""
     busy_seen: float | None = None
     """When it last said that it computes, without a holder."""
-    not_before: float = float("-inf")
-    """When housekeeping looks at it again, after something that it tried failed."""
+    unload_not_before: float = float("-inf")
+    load_not_before: float = float("-inf")
+    """When housekeeping tries each of them again after it failed: who could not be brought back may come by itself, and
+    be in a game's way."""
     outlasted: bool = False
     """It still computed at the end of its quarantine: what it does for a holder of the past is not waited for again."""
     healthy: bool | None = None
@@ -550,7 +554,7 @@ class State:
             reading=reading,
             headroom_mib=self._headroom_mib,
             holdings=holdings,
-            promised_mib=self.promised(using, holdings),
+            promised_mib=self.promised(using, holdings, reading, ticket),
             in_use=others,
             busy=working,
             leaving=frozenset(name for name in self.catalog.consumers if self.queue.is_unloading(name)),
@@ -569,14 +573,19 @@ class State:
         now = self._clock.monotonic()
         return View(self.catalog, self.reading, self._headroom_mib, {}, {}, outside=self.outside, now=now)
 
-    def _lingering(self, reading: Reading, ticket: Ticket | None = None) -> dict[tuple[str, GpuRef], int]:
+    def _lingering(
+        self, reading: Reading, ticket: Ticket | None = None, *, named: bool = False
+    ) -> dict[tuple[str, GpuRef], int]:
         """Per consumer and GPU, what programs hold that no live lease is for: those that a holder named whose lease is
         over, and whatever is known of a consumer without a backend. Nobody may unload them, and nobody is given what
-        they hold. Not the ticket's own process: what it kept from its last lease is its own to use."""
+        they hold. Not the ticket's own process: what it kept from its last lease is its own to use. ``named``: only
+        programs that a holder named."""
         found: dict[tuple[str, GpuRef], int] = {}
         for gpu in reading.gpus:
             for process in gpu.processes:
                 consumer = self.catalog.consumers.get(process.consumer or "")
+                if named and process.holder_pid is None:
+                    continue
                 if consumer is not None and self._lingers(process, consumer, ticket):
                     mib = consumer.needs_mib(gpu.index) if process.used_mib is None else process.used_mib
                     found[consumer.name, gpu.index] = found.get((consumer.name, gpu.index), 0) + mib
@@ -642,15 +651,25 @@ class State:
             leftover_mib=remembered.leftover_mib.get(ref, 0),
         )
 
-    def promised(self, holders: Iterable[str], holdings: Mapping[tuple[str, GpuRef], Holding]) -> dict[GpuRef, int]:
+    def promised(
+        self,
+        holders: Iterable[str],
+        holdings: Mapping[tuple[str, GpuRef], Holding],
+        reading: Reading,
+        ticket: Ticket | None = None,
+    ) -> dict[GpuRef, int]:
         """Per GPU, what these consumers were granted and have not taken yet. Two leases of one consumer share
-        its memory, so it counts once."""
+        its memory, so it counts once; what an earlier holder's program has kept is no part of what a holder takes."""
         promised: dict[GpuRef, int] = {}
+        left = self._lingering(reading, ticket, named=True)
+        taking = {hold.consumer for hold in self.queue.holds.values() if hold.phase in TAKING}
         for name in holders:
             consumer = self.catalog.consumers[name]
             for ref in consumer.gpus:
-                mib = promised_mib(consumer, ref, holdings[name, ref])
-                promised[ref] = promised.get(ref, 0) + mib
+                held = holdings[name, ref]
+                if name in taking and (name, ref) in left:
+                    held = replace(held, held_mib=max(0, held.held_mib - left[name, ref]))
+                promised[ref] = promised.get(ref, 0) + promised_mib(consumer, ref, held)
         return promised
 
     def untold(self, target: Consumer, reading: Reading) -> list[str]:
@@ -678,6 +697,11 @@ class State:
             and self.catalog.share_gpu(name, target.name)
         ]
 
+    def goes_next(self, consumer: str) -> bool:
+        """Whether the first of those who wait on its GPUs waits for it: in that breath what it holds is theirs."""
+        line = [entry.consumer for entry in self.queue.waiting() if self.catalog.share_gpu(entry.consumer, consumer)]
+        return line[:1] == [consumer]
+
     def may_undo_load(self, ticket: Ticket) -> bool:
         """Whether its target may be unloaded because this ticket did not get it: nobody else uses it."""
         name = ticket.consumer.name
@@ -693,7 +717,7 @@ class State:
 
     def note_reading(self, reading: Reading) -> None:
         """The newest reading is the one status shows; processes it names are recognised from now on."""
-        if reading.read_at < self.reading.read_at:
+        if reading is self.reading or reading.read_at < self.reading.read_at:
             return
         first = self.reading.read_at == float("-inf")
         before, now = (r.problems(self.catalog.gpus) for r in (self.reading, reading))
@@ -796,6 +820,8 @@ class State:
         self.ledger.unloaded(self.catalog.consumers[victim.consumer], victim, rfc3339(self._clock.utc()))
         if victim.reason is None:
             remembered.wanted_back = wanted_back
+            if not remembered.recognised:
+                self.outside = self.outside.reading(reading).unloaded(self.catalog.consumers[victim.consumer].gpus)
             remembered.evictions += victim.asked
             self.dirty.add(victim.consumer)
             remembered.used_since_unload = False

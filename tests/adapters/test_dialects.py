@@ -371,6 +371,27 @@ def test_ollama_unloads_the_other_models_where_one_fails() -> None:
     assert ("POST", "/api/generate", {"model": "llama3.1:8b", "keep_alive": 0}) in wire.calls
 
 
+# Asked again while one of its models still went, it remembered that one alone; and who only embeds says no to a load.
+def test_ollama_brings_back_what_the_whole_unload_took() -> None:
+    unloaded, no = says({"done_reason": "unload"}), says({"error": '"embed" does not support generate'}, 400)
+    script = [models("embed", "chat"), unloaded, unloaded, models("chat"), unloaded, no, says({"done_reason": "load"})]
+    with Wire(script) as wire:
+        ollama = speak("ollama", wire.url)
+        ollama.unload(5)
+        ollama.unload(5)
+        ollama.restore()
+    loads = [("POST", "/api/generate", {"model": name}) for name in ("embed", "chat")]
+    assert wire.calls[-2:] == loads
+
+
+def test_ollama_that_can_bring_nothing_back_says_so() -> None:
+    gone = says({"error": "model 'chat' not found"}, 404)
+    with Wire([models("chat"), says({"done_reason": "unload"}), gone]) as wire:
+        ollama = speak("ollama", wire.url)
+        ollama.unload(5)
+        assert "404" in str(refusal(ollama.restore))
+
+
 @pytest.mark.parametrize("nothing", [{"models": []}, {"models": None}, {}])
 def test_ollama_without_models_has_nothing_to_unload(nothing: object) -> None:
     with Wire([says(nothing)]) as wire:

@@ -9,7 +9,9 @@ table, computes expiry and fit from the card itself, and says after each step wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -31,6 +33,7 @@ from gpumgr.errors import (
     EvictionFailed,
     GpumgrError,
     GpuUnreadable,
+    GpuYielded,
     InsufficientVram,
     LeaseMismatch,
     LeaseUnknown,
@@ -103,6 +106,9 @@ class BrokerMachine(RuleBasedStateMachine):
         """GPUs where a call went ahead over budget: others than leases may find that their memory is not there."""
         self.lent_blindly: set[int] = set()
         """GPUs where that is so for leases as well: lent on declared sizes alone."""
+        self.free_until: datetime | None = None
+        """Until when an operator keeps the card free."""
+        self.free_for_at_most = 0.0
         self.coming: tuple[str, str, int] | None = None
         """When, what, and of whom: what happens in the middle of something else."""
         self.stepping: list[Wanted] = []
@@ -245,7 +251,13 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def ask_call(self, name: str, wait: float, eager: bool) -> None:
         self.notice_expiry()
-        caller = self.world.call(name, wait_seconds=wait)
+        try:
+            caller = self.world.call(name, wait_seconds=wait)
+        except GpuYielded:
+            assert self.kept_free(), "refused for nobody's sake"
+            self.follow()
+            return
+        assert not self.kept_free(), "let in while the card is kept free"
         self.follow()
         self.enter(Wanted(caller.ticket.seq, name, 0.0, None, eager, proxied=True))
         self.join(caller, wait)
@@ -263,6 +275,8 @@ class BrokerMachine(RuleBasedStateMachine):
         """The caller that waits; or the token it has already, or why it cannot."""
         try:
             return self.world.acquire(ask)
+        except GpuYielded:
+            return "yielded"
         except HadIt as had:
             return had.lease.token
         except RequestMismatch:
@@ -271,9 +285,11 @@ class BrokerMachine(RuleBasedStateMachine):
             return str(ended.details["reason"])
 
     def expected_of(self, key: RequestKey | None, name: str) -> Wanted | Held | str | None:
-        """What the id leads to: a waiting request, a lease, why it is over, a mismatch, or None: it is new."""
+        """What the id leads to: a waiting request, a lease, why it is over, a mismatch, or None: it is new. A new one
+        is refused while the card is kept free."""
+        new = "yielded" if self.kept_free() else None
         if key is None:
-            return None
+            return new
         for held in self.held:
             if held.key == key:
                 if held.name != name:
@@ -282,7 +298,7 @@ class BrokerMachine(RuleBasedStateMachine):
         for wanted in self.wanted.values():
             if wanted.key == key and not wanted.over:
                 return wanted if wanted.name == name else "mismatch"
-        return None
+        return new
 
     # -- holders --------------------------------------------------------------------------------------------
 
@@ -473,6 +489,54 @@ class BrokerMachine(RuleBasedStateMachine):
         self.unseen = {gpu for gpu in GPUS if sight in ("driver", gpu)}
         self.let_threads_run(keep_up)
 
+    # -- an operator, and the card at rest ------------------------------------------------------------------
+
+    @rule(seconds=st.sampled_from([5.0, 60.0, 600.0]), keep_up=KEEP_UP)
+    def hold(self, seconds: float, keep_up: bool) -> None:
+        """Keep the card free: whoever waits is told so at once, holders go on."""
+        self.world.broker.outsiders.hold("a game", seconds, "ada")
+        self.free_until = self.world.clock.utc() + timedelta(seconds=seconds)
+        self.free_for_at_most = self.now + seconds
+        self.world.wake()
+        for wanted in self.wanted.values():
+            if not wanted.over and wanted not in self.writing:
+                said = {type(caller.answer) for caller in wanted.callers if caller.answered_at == self.now}
+                assert said <= {GpuYielded, SchedulerTimeout, PrepareTimeout, RequestEnded}, said
+                assert not any(caller.waits for caller in wanted.callers), f"{wanted.name} still waits"
+        self.follow()
+        self.let_threads_run(keep_up)
+
+    @rule(keep_up=KEEP_UP)
+    def resume(self, keep_up: bool) -> None:
+        self.world.broker.outsiders.end_what_is_over()
+        assert self.world.broker.outsiders.resume("ada") is self.kept_free()
+        self.free_until = None
+        self.follow()
+        self.let_threads_run(keep_up)
+
+    def kept_free(self) -> bool:
+        """Until the wall clock says so, or for as long as was said where somebody has set it back."""
+        until = self.free_until
+        return until is not None and self.world.clock.utc() < until and self.now < self.free_for_at_most
+
+    @rule(keep_up=KEEP_UP)
+    def keep_house(self, keep_up: bool) -> None:
+        """One round of it: nobody in use may be unloaded (``note_unload``), and while the card is kept free nobody idle
+        and honest stays on it."""
+        world = self.world
+        world.broker.observe_card()
+        world.broker.housekeeping.round()
+        if self.kept_free() and not self.unseen:
+            users = self.users() | {w.name for w in self.preparing()}
+            for name in NAMES:
+                service = world.services[name]
+                asked_in_vain = world.broker.state.memory[name].unload_not_before > self.now
+                if name not in users and not self.says_busy(name) and not service.lies and not asked_in_vain:
+                    held = [service.used_mib(gpu) for gpu in SIZES[name]]
+                    assert max(held) <= WORN_MIB, f"{name} stays on a card that is kept free: {held}"
+        self.follow()
+        self.let_threads_run(keep_up)
+
     # -- callers that go, other lives, other boots ----------------------------------------------------------
 
     @precondition(lambda self: self.world.callers)
@@ -506,6 +570,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self.outlasted.clear()
         for name in self.quarantined:
             self.quarantined[name] = self.now + QUARANTINE_SECONDS
+        self.free_for_at_most = math.inf  # the next life has the wall clock alone
         self.world.restart(reboot=reboot)
         self.quarantined = {name: until for name, until in self.quarantined.items() if self.says_busy(name)}
         self.follow()
@@ -692,6 +757,7 @@ class BrokerMachine(RuleBasedStateMachine):
         name = wanted.name
         assert wanted.turn_at is not None
         assert granted.consumer == name
+        assert not self.kept_free(), "granted a card that is kept free"
         assert isinstance(granted, Call) is wanted.proxied, "a lease for a call"
         patient = [c for c in wanted.callers if not isinstance(c.answer, SchedulerTimeout | RequestEnded)]
         assert all(caller.answer is granted for caller in patient), "joined callers with different answers"
@@ -783,6 +849,9 @@ class BrokerMachine(RuleBasedStateMachine):
             return
         if isinstance(error, SchedulerTimeout | PrepareTimeout):
             return
+        if isinstance(error, GpuYielded):
+            assert self.free_until is not None, "refused for nobody's sake"
+            return
         assert isinstance(error, InsufficientVram | EvictionFailed), error
         assert not wanted.proxied, f"a call was refused: {error}"
         if self.seen(name):
@@ -865,13 +934,13 @@ class BrokerMachine(RuleBasedStateMachine):
     def note_unload(self, name: str) -> None:
         """Called on the unload's own thread, where an assertion would be lost."""
         self.unasked.discard(name)
-        needed = SIZES[self.stepping[-1].name].keys()
+        needed = SIZES[self.stepping[-1].name].keys() if self.stepping else SIZES[name].keys()
         for gpu in SIZES[name]:
             if gpu in needed and gpu not in self.unseen:
                 self.on_its_word.discard((name, gpu))
             else:
                 self.on_its_word.add((name, gpu))
-        others = [seq for seq in self.world.preparations if self.wanted[seq] is not self.stepping[-1]]
+        others = [seq for seq in self.world.preparations if self.wanted[seq] not in self.stepping[-1:]]
         if any(held.alive(self.now) for held in self.held if held.name == name):
             self.wrong.append(f"{name} was unloaded under a lease")
         if any(called.name == name for called in self.calls()):

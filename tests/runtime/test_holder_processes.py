@@ -73,6 +73,26 @@ def test_what_an_earlier_holders_program_holds_is_not_lent_to_the_next_one() -> 
     assert second.lease().consumer == "batch"
 
 
+# What the old one's program still held counted as taken by the new holder: a third one was granted its memory.
+def test_what_an_earlier_holders_program_holds_keeps_no_promise_to_the_next_one() -> None:
+    world = world_of(consumer("voice", 8000, beside=["batch"]), beside=["voice"])
+    first = world.programs.begin()
+    lease = world.grant("batch", holder_pid=first)
+    world.card.set_used(first, 8000)
+    world.broker.release(lease.token)
+    second = world.programs.begin()
+    world.grant("batch", holder_pid=second)
+    shown(world)
+    assert snapshot(world.broker)["gpus"][0]["promised_mib"] == BATCH_MIB
+    voice = world.ask("voice", wait_seconds=60)
+    world.prepare()
+    assert voice.waits
+    world.card.set_used(second, BATCH_MIB)
+    world.programs.end(first)
+    world.prepare()
+    assert voice.lease().consumer == "voice"
+
+
 def test_a_program_that_leases_again_uses_what_it_kept() -> None:
     world = world_of()
     pid = world.programs.begin()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from gpumgr.config import Rest
 from gpumgr.core.outside import Pause
-from gpumgr.errors import GpuYielded, InsufficientVram
-from gpumgr.runtime.ports import StoreError
+from gpumgr.core.placement import Report
+from gpumgr.errors import GpuYielded, InsufficientVram, SchedulerTimeout
+from gpumgr.runtime import preparation
+from gpumgr.runtime.ports import BackendError, StoreError
 from gpumgr.runtime.snapshot import hold_facts, snapshot
 from tests.waiting import until
-from tests.worlds import World, catalog, consumer, started
+from tests.worlds import Service, StartedWorld, World, catalog, consumer, started
 
 PAINT = consumer("paint", 14000)
 CHAT = consumer("chat", 9000, beside=["hear"])
@@ -114,6 +118,14 @@ def test_a_hold_survives_a_restart_and_ends_by_itself() -> None:
     assert events(w, "resume")[-1]["reason"] == "its time is over"
 
 
+def test_a_hold_ends_by_the_wall_clock_where_the_machine_slept() -> None:
+    w = world()
+    w.broker.outsiders.hold("bg3", 100, "ada")
+    w.sleep(101)
+    w.broker.tick()
+    assert w.grant("chat").consumer == "chat"
+
+
 def test_a_hold_needs_no_disk() -> None:
     w = world()
     w.store.fails = StoreError("it is full")
@@ -202,6 +214,32 @@ def test_a_proxied_call_does_not_push_a_game_out() -> None:
         w.call("paint")
 
 
+def test_what_is_larger_than_the_card_is_no_games_doing() -> None:
+    w = World(catalog(consumer("huge", 30000)))
+    play(w, (41, "bg3.exe"))
+    assert isinstance(w.refusal("huge"), InsufficientVram)
+
+
+def test_a_report_that_hangs_delays_nobody_else() -> None:
+    w = world()
+    paint, chat = w.services["paint"], w.services["chat"]
+    paint.computing, chat.computing = False, BackendError("hung", "no answer in time")
+    chat.take()
+    paint.take()
+    w.broker.observe_card()
+    preparation.ask_busy(w.broker.state, "chat", chat)  # it said nothing the last time
+    ask, seen = chat.busy, []
+
+    def busy() -> bool | None:
+        seen.append(paint.asked_to_unload)
+        return ask()
+
+    chat.busy = busy  # type: ignore[method-assign]
+    w.broker.outsiders.hold(None, None, None)
+    keep_house(w)
+    assert seen == [1]
+
+
 def test_a_game_on_another_card_is_nobodys_business() -> None:
     other = consumer("other", 14000, gpus=(1,))
     w = World(catalog(PAINT, other), totals_mib=(24000, 24000), gpu={"yield_gpus": (0,)})
@@ -228,6 +266,18 @@ def test_a_trough_is_not_lent() -> None:
     assert "it fits once game.exe has gone" in error.message
     w.pass_time(301)
     assert w.grant("paint").consumer == "paint"
+
+
+def test_a_backend_that_is_taken_for_a_stranger_gives_back_for_good() -> None:
+    """Its process cannot be attributed and stays after the unload: it is not held at what it had before."""
+    w = World(catalog(consumer("paint", 18000), CHAT, HEAR), gpu={"untracked_peak_seconds": 300})
+    chat = w.services["chat"]
+    w.probe._owner_of_port = {port: name for port, name in w.probe._owner_of_port.items() if name != "chat"}
+    chat.loaded = lambda: Report(loaded=chat.used_mib() > 768, used_mib=chat.used_mib())  # type: ignore[method-assign]
+    chat.take()
+    w.broker.observe_card()
+    assert w.grant("paint").consumer == "paint"
+    assert chat.used_mib() == 300
 
 
 def test_a_refusal_says_who_could_go_and_since_when_the_stranger_is_there() -> None:
@@ -300,6 +350,21 @@ def test_an_intruder_that_keeps_its_memory_is_asked_again_later() -> None:
     assert w.services["chat"].asked_to_unload > asked
 
 
+# One that hung in its unload kept all others on the card until its time was over, 30 s as a rule.
+def test_an_unload_that_hangs_keeps_nobody_else_on_the_card() -> None:
+    hear = consumer("hear", 2000, beside=["chat"], unload_timeout_seconds=30)
+    with started(CHAT, hear, rest={"hear": Rest(idle_unload_seconds=0.1)}) as w:
+        w.services["hear"].unload_gate = threading.Event()
+        w.services["hear"].take()
+        w.services["chat"].take()
+        until(lambda: w.services["hear"].asked_to_unload == 1)
+        w.broker.outsiders.hold(None, None, None)
+        until(lambda: w.services["chat"].used_mib() == 300)
+        assert w.services["hear"].used_mib() == 2000
+        w.services["hear"].unload_gate.set()
+        until(lambda: w.services["hear"].used_mib() == 300)
+
+
 # -- the card at rest ---------------------------------------------------------------------------------------
 
 
@@ -346,6 +411,7 @@ def test_who_was_unloaded_for_somebody_comes_back() -> None:
         until(lambda: w.services["chat"].used_mib() == 9000)
         until(lambda: any(event["type"] == "restore" for event in w.broker.state.events))
         assert w.services["paint"].used_mib() < 768
+        assert w.store.intents == []
         shown = {c["name"]: c for c in snapshot(w.broker)["consumers"]}
         assert shown["chat"]["total_requests"] == 0
         assert w.lease("paint").consumer == "paint"  # and whoever asks comes first again
@@ -366,5 +432,95 @@ def test_nobody_makes_room_for_a_preload() -> None:
     with started(big, chat, rest={"chat": Rest(preload=True)}) as w:
         w.services["chat"].can_restore = True
         w.services["big"].take()
-        until(lambda: w.broker.state.memory["chat"].not_before > w.clock.monotonic())
+        until(lambda: w.broker.state.memory["chat"].load_not_before > w.clock.monotonic())
         assert (w.services["big"].asked_to_unload, w.services["chat"].used_mib()) == (0, 0)
+
+
+class _SlowRestore:
+    """A restore that the test lets end; later ones do so at once."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.called, self.may_return = threading.Event(), threading.Event()
+        self.count = 0
+        service.restore, service.can_restore = self, True  # type: ignore[method-assign]
+
+    def __call__(self) -> None:
+        self.count += 1
+        self.called.set()
+        self.may_return.wait(10)
+        self._service.take()
+
+
+def _asked_while_it_is_brought_back(w: StartedWorld, name: str) -> _SlowRestore:
+    """``chat`` was unloaded for ``paint`` and comes back; then somebody asks for ``name``, and has held it."""
+    restore = _SlowRestore(w.services["chat"])
+    w.services["chat"].take()
+    w.broker.release(w.lease("paint").token)
+    assert restore.called.wait(10)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(w.lease, name, wait_seconds=30)
+        until(lambda: bool(w.broker.state.queue.waiting()))
+        restore.may_return.set()
+        w.broker.release(asked.result(10).token)
+    return restore
+
+
+# A restore that somebody's request had interrupted was never tried again: its own undoing had cleared the wish.
+def test_a_restore_that_is_interrupted_is_made_up_for() -> None:
+    with started(PAINT, CHAT, rest={"chat": Rest(restore=True, restore_after_seconds=0.2)}) as w:
+        restore = _asked_while_it_is_brought_back(w, "paint")
+        until(lambda: restore.count == 2)
+        until(lambda: any(event["type"] == "restore" for event in w.broker.state.events))
+
+
+# Whoever asked for the very one that came back waited for its load, for its unload, and loaded it anew.
+def test_what_comes_back_stays_for_who_asks_for_it() -> None:
+    with started(PAINT, CHAT, rest={"chat": Rest(restore=True, restore_after_seconds=0.2)}) as w:
+        _asked_while_it_is_brought_back(w, "chat")
+        assert (w.services["chat"].asked_to_unload, w.services["chat"].used_mib()) == (1, 9000)
+
+
+# What had failed to come back was not unloaded for five minutes either, whoever had loaded it meanwhile.
+def test_who_could_not_be_brought_back_is_in_nobodys_way() -> None:
+    w = world(rest={"chat": Rest(preload=True)})
+    w.services["chat"].can_restore = True
+    w.broker.housekeeping._bring_back = lambda _: SchedulerTimeout("somebody was first")
+    keep_house(w)
+    w.services["chat"].take()
+    play(w, (41, "bg3.exe"))
+    keep_house(w)
+    assert w.services["chat"].used_mib() == 300
+
+
+def test_a_use_that_ended_since_it_was_asked_counts_as_work() -> None:
+    w = world()
+    chat = w.services["chat"]
+    chat.take()
+    chat.computing = False
+    says = chat.busy
+
+    def busy() -> bool | None:
+        """A lease comes and goes while its answer is on its way, and leaves work behind."""
+        said = says()
+        if chat.asked_whether_busy == 1:
+            w.broker.release(w.grant("chat").token)
+            chat.computing = True
+        return said
+
+    play(w, (41, "bg3.exe"))
+    w.broker.observe_card()
+    chat.busy = busy  # type: ignore[method-assign]
+    keep_house(w)
+    assert (chat.asked_whether_busy, chat.asked_to_unload) == (1, 0)
+    keep_house(w)
+    chat.computing = False
+    keep_house(w)
+    assert (chat.asked_to_unload, chat.unloads_while_computing) == (1, 0)
+
+
+def test_nothing_is_brought_back_where_calls_only_pass() -> None:
+    w = world(mode="passthrough", rest={"chat": Rest(preload=True)})
+    w.services["chat"].can_restore = True
+    keep_house(w)
+    assert (w.services["chat"].used_mib(), events(w, "restore")) == (0, [])

@@ -17,6 +17,8 @@ from gpumgr.core.placement import Report as LoadedReport
 from gpumgr.runtime.ports import BackendError
 
 UNLOAD_SECONDS = 5.0
+SAME_UNLOAD_SECONDS = 2 * UNLOAD_SECONDS
+"""A call that comes so soon after another one is part of the same unload."""
 FLICKERS = 2
 """So many polls in a row were seen to leave out a model that was busy."""
 FLICKER_SECONDS = 0.05
@@ -42,6 +44,7 @@ class Ollama(Http):
         super().__init__(settings)
         self._unloaded: list[str] = []
         """What the last unload took from the card, by name."""
+        self._asked_at = float("-inf")
 
     @property
     def can_unload(self) -> bool:
@@ -52,12 +55,22 @@ class Ollama(Http):
         return self.can_load or bool(self._unloaded)
 
     def restore(self) -> None:
-        """A request without a prompt loads a model (docs/api.md of ollama, "Load a model")."""
+        """A request without a prompt loads a model (docs/api.md of ollama, "Load a model"). One that says no, as it was
+        removed meanwhile or only embeds, keeps none of the others away. Raises: BackendError where nothing loads."""
         if self.can_load:
             self.load()
             return
-        for name in list(self._unloaded):
-            self._call(Call(method="POST", path="/api/generate", json={"model": name}), LOAD_SECONDS)
+        refusals: list[BackendError] = []
+        names = list(self._unloaded)
+        for name in names:
+            try:
+                self._call(Call(method="POST", path="/api/generate", json={"model": name}), LOAD_SECONDS)
+            except BackendError as error:
+                if error.reason != "failed":
+                    raise
+                refusals.append(error)
+        if refusals and len(refusals) == len(names):
+            raise refusals[0]
 
     def unload(self, within_seconds: float) -> None:
         """Every model is asked for, also where one fails: a name removed while it is loaded is a 404."""
@@ -67,8 +80,11 @@ class Ollama(Http):
         until = time.monotonic() + within_seconds
         failure: BackendError | None = None
         models = self._models(min(REPORT_SECONDS, within_seconds))
-        if models:  # asked again it lists nothing any more
-            self._unloaded = [model["name"] for model in models]
+        again = time.monotonic() - self._asked_at < SAME_UNLOAD_SECONDS
+        self._asked_at = time.monotonic()
+        if models:  # asked again it lists only what has not gone yet
+            before = self._unloaded if again else []
+            self._unloaded = list(dict.fromkeys([*before, *(model["name"] for model in models)]))
         for model in models:
             body = {"model": model["name"], "keep_alive": 0}
             left = max(0.1, min(UNLOAD_SECONDS, until - time.monotonic()))
