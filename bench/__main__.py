@@ -20,6 +20,7 @@ from bench import (
     idle,
     imagen,
     mixed,
+    order,
     probing,
     proxy,
     renew,
@@ -45,6 +46,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "gamemode": gamemode.run,
     "ghosts": ghosts.run,
     "restart": restart.run,
+    "order": order.run,
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from gpumgr import __version__, run
 from gpumgr.client import DEFAULT_URL, BrokerUnreachable, Gpu
 from gpumgr.errors import GpumgrError
+from gpumgr.simulate import command as simulator
 
 POLL_SECONDS = 0.25
 
@@ -29,10 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return resume(chosen.url)
         if chosen.command == "run":
             return under_lease(chosen, parser)
+        if chosen.command == "simulate":
+            return simulate(chosen)
         return demo(stay=not chosen.exit)
     except ImportError as error:
+        extra = "dev" if chosen.command == "simulate" else "server"
         print(
-            f"gpumgr {chosen.command} needs more than the client ({error}): install gpumgr with its extra `server`",
+            f"gpumgr {chosen.command} needs more than the client ({error}): install gpumgr with its extra `{extra}`",
             file=sys.stderr,
         )
         return 2
@@ -57,6 +61,17 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ...", help="what to run")
     story = commands.add_parser("demo", help="play the main job on a simulated card, then stay up until Ctrl-C")
     story.add_argument("--exit", action="store_true", help="end by itself after the story")
+    orders = commands.add_parser(
+        "simulate", help="compare orders of the queue on virtual time; needs no GPU and no broker"
+    )
+    orders.add_argument("--load", type=_seconds, nargs="+", default=[0.3, 0.5, 0.7], help="shares of the card's time")
+    orders.add_argument("--requests", type=int, default=3000, help="for each load and seed (default: 3000)")
+    orders.add_argument("--seeds", type=int, default=3, help="draws of each workload (default: 3)")
+    orders.add_argument("--trace", type=Path, help="arrivals for the LLM: TIMESTAMP,ContextTokens,GeneratedTokens")
+    orders.add_argument("--every", type=int, default=20, help="use each n-th row of the trace (default: 20)")
+    orders.add_argument("--open-only", action="store_true", help="without the agents that ask again")
+    orders.add_argument("--out", type=Path, metavar="DIRECTORY", help="for simulate.json and the pictures")
+    orders.add_argument("--no-pictures", action="store_true", help="which need matplotlib (the extra `dev`)")
     url = os.environ.get("GPUMGR_URL") or DEFAULT_URL
     keep = commands.add_parser("hold", help="keep the card free: for a game, before a suspend")
     keep.add_argument("--reason", help="told to whoever is refused meanwhile")
@@ -134,6 +149,24 @@ def under_lease(chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         parser.error("name the program to run after --, such as: gpumgr run --consumer batch -- python train.py")
     wanted = {"consumer": chosen.consumer, "kind": chosen.kind, "ttl_seconds": chosen.ttl, "wait_seconds": chosen.wait}
     return run.under_lease(program, chosen.url, holder=chosen.holder or Path(program[0]).name, **wanted)
+
+
+def simulate(chosen: argparse.Namespace) -> int:
+    wanted = simulator.Wanted(
+        loads=chosen.load,
+        requests=max(1, chosen.requests),
+        seeds=max(1, chosen.seeds),
+        trace=chosen.trace,
+        every=max(1, chosen.every),
+        closed=not chosen.open_only,
+        directory=chosen.out,
+        pictures=not chosen.no_pictures,
+    )
+    try:
+        return simulator.simulate(wanted)
+    except (OSError, ValueError) as error:
+        print(f"gpumgr simulate: {error}", file=sys.stderr)
+        return 1
 
 
 def demo(*, stay: bool) -> int:

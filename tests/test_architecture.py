@@ -23,8 +23,9 @@ MAY_IMPORT = {
     "client": {"errors"},
     "run": {"client", "errors"},
     "sim": {"client", "errors"},
+    "simulate": {"core"},
     "wiring": {"web", "adapters", "runtime", "core", "errors", "config"},
-    "cli": {"config", "sim", "run", "client", "errors"},
+    "cli": {"config", "sim", "simulate", "run", "client", "errors"},
 }
 IMPURE = {"threading", "time", "datetime", "logging", "socket", "subprocess", "requests", "flask", "os", "random"}
 

@@ -95,6 +95,14 @@ class Catalog:
 
     def exclude(self, a: str, b: str) -> bool:
         """Two different consumers that may not be on the card together: they share a GPU and do not coexist."""
+        return b in self.excluded[a]
+
+    @cached_property
+    def excluded(self) -> Mapping[str, frozenset[str]]:
+        """Whom each consumer excludes. Kept, as every decision of the order asks for it."""
+        return {a: frozenset(b for b in self.consumers if self._exclude(a, b)) for a in self.consumers}
+
+    def _exclude(self, a: str, b: str) -> bool:
         return self.share_gpu(a, b) and not self.may_coexist(a, b)
 
     def keeping(self, name: str, gpus: tuple[GpuRef, ...], sizes_mib: tuple[int, ...]) -> Catalog:

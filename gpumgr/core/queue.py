@@ -20,8 +20,8 @@ A request that has its turn becomes a holder at once (``preparing``), so everyth
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -50,10 +50,12 @@ class WaitingFor(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One request in the order. ``seq`` is its number of arrival; no two are the same."""
+    """One request in the order. ``seq`` is its number of arrival; no two are the same. ``arrived_at``: when it came,
+    for a policy that goes by it."""
 
     seq: int
     consumer: str
+    arrived_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -66,12 +68,55 @@ class Hold:
     phase: Phase = Phase.PREPARING
 
 
-class Policy(Protocol):
-    """The order. Pure: which waiting requests have their turn now, first come first."""
+GAPS_KEPT = 8
 
-    def turns(self, line: Mapping[str, Mapping[int, Entry]], holds: Iterable[Hold], catalog: Catalog) -> list[Entry]:
-        """``line`` maps each consumer to its waiting entries (seq → entry) in order of arrival.
-        Rules 1 to 3."""
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """A consumer on its GPUs, as far as turns know. ``since``: its turn began, as it came onto them or joined those who
+    were there; None: it was sent away, or never came. ``idle_since``: nobody holds it nor waits for it; None
+    while somebody does. ``gaps``: how many seconds it was idle before each of its last ``GAPS_KEPT`` returns, the
+    oldest first."""
+
+    since: float | None = None
+    idle_since: float | None = None
+    gaps: tuple[float, ...] = ()
+
+    def asked(self, now: float) -> Stay:
+        """Somebody asks for it, who is the first since it was idle."""
+        if self.idle_since is None:
+            return self
+        return Stay(self.since, None, (*self.gaps, max(0.0, now - self.idle_since))[-GAPS_KEPT:])
+
+
+Line = Mapping[str, Mapping[int, Entry]]
+"""Each consumer's waiting entries (seq → entry) in order of arrival."""
+
+SwapSeconds = Callable[[str, str], float | None]
+"""What it costs to have the second consumer on the card in the place of the first; None where nobody knows yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Who has the turn now, in this order. ``look_again_at``: the instant at which the answer is another one although
+    nobody came or went until then; None: there is none."""
+
+    entries: list[Entry] = field(default_factory=list)
+    look_again_at: float | None = None
+
+
+class Policy(Protocol):
+    """The order. Pure: which waiting requests have their turn now. Rules 1 to 3, and who goes first."""
+
+    def turns(
+        self,
+        line: Line,
+        holds: Iterable[Hold],
+        catalog: Catalog,
+        now: float,
+        stays: Mapping[str, Stay],
+        swap_seconds: SwapSeconds,
+    ) -> Turns: ...
 
 
 class Fifo:
@@ -81,22 +126,61 @@ class Fifo:
     grow with the queue's length.
     """
 
-    def turns(self, line: Mapping[str, Mapping[int, Entry]], holds: Iterable[Hold], catalog: Catalog) -> list[Entry]:
+    def turns(
+        self,
+        line: Line,
+        holds: Iterable[Hold],
+        catalog: Catalog,
+        _now: float,
+        _stays: Mapping[str, Stay],
+        _swap_seconds: SwapSeconds,
+    ) -> Turns:
         ahead = Counter(hold.consumer for hold in holds)
-        found = []
-        for entry in _heads(line, catalog):
-            if not blocked(entry.consumer, ahead, catalog):
-                found.append(entry)
-            ahead[entry.consumer] += 1  # 3: whoever comes later yields to it, whether it goes or waits
-        return found
+        return Turns(in_order(heads(line, catalog), ahead, catalog))
 
 
-def _heads(line: Mapping[str, Mapping[int, Entry]], catalog: Catalog) -> list[Entry]:
-    heads: list[Entry] = []
+def in_order(entries: Iterable[Entry], ahead: Counter[str], catalog: Catalog) -> list[Entry]:
+    """Who of these goes, where whoever is earlier among them, and ``ahead``, is not to be held up."""
+    found = []
+    for entry in entries:
+        if not blocked(entry.consumer, ahead, catalog):
+            found.append(entry)
+        ahead[entry.consumer] += 1  # 3: whoever comes later yields to it, whether it goes or waits
+    return found
+
+
+def heads(line: Line, catalog: Catalog) -> list[Entry]:
+    """Those that can have the turn, in order of arrival: of each consumer as many as it serves at once."""
+    first: list[Entry] = []
     for consumer, entries in line.items():
         for entry, _ in zip(entries.values(), range(catalog.consumers[consumer].max_concurrency), strict=False):
-            heads.append(entry)
-    return sorted(heads, key=lambda entry: entry.seq)
+            first.append(entry)
+    return sorted(first, key=lambda entry: entry.seq)
+
+
+def stays_after(
+    stays: Mapping[str, Stay], line: Line, holds: Iterable[Hold], catalog: Catalog, now: float
+) -> dict[str, Stay]:
+    """Who stays, given who waits and holds now. A holder is on the card, and whom it excludes was sent
+    away for it. Who joins others on a GPU joins their turn, so that together they keep nobody waiting for longer."""
+    found = dict(stays)
+    held = {hold.consumer for hold in holds}
+    for name in sorted(held):
+        stay = found.get(name, Stay())
+        if stay.since is None:
+            beside = []
+            for other, its in found.items():
+                if its.since is not None and catalog.exclude(name, other):
+                    found[other] = replace(its, since=None)
+                elif its.since is not None and catalog.share_gpu(name, other):
+                    beside.append(its.since)
+            found[name] = replace(stay, since=min(beside, default=now), idle_since=None)
+        elif stay.idle_since is not None:
+            found[name] = replace(stay, idle_since=None)
+    for name, stay in found.items():
+        if stay.since is not None and stay.idle_since is None and name not in held and name not in line:
+            found[name] = replace(stay, idle_since=now)
+    return found
 
 
 def blocked(consumer: str, ahead: Mapping[str, int], catalog: Catalog) -> bool:
@@ -109,9 +193,14 @@ def blocked(consumer: str, ahead: Mapping[str, int], catalog: Catalog) -> bool:
 class Queue:
     """The book of who waits and who holds. Mutable, but pure: no clock, no lock, no I/O."""
 
-    def __init__(self, catalog: Catalog, policy: Policy) -> None:
+    def __init__(self, catalog: Catalog, policy: Policy, swap_seconds: SwapSeconds = lambda _from, _to: None) -> None:
         self.catalog = catalog
+        self.stays: dict[str, Stay] = {}
+        """Of every consumer that had a turn."""
+        self.look_again_at: float | None = None
+        """The instant at which ``begin`` may find somebody although nobody came or went."""
         self._policy = policy
+        self._swap_seconds = swap_seconds
         self._line: dict[str, OrderedDict[int, Entry]] = {}
         self._holds: dict[int, Hold] = {}
         self._unloading: dict[str, int] = {}
@@ -124,8 +213,10 @@ class Queue:
         self._seq += 1
         return self._seq
 
-    def enter(self, consumer: str) -> Entry:
-        entry = Entry(self.number(), consumer)
+    def enter(self, consumer: str, now: float = 0.0) -> Entry:
+        entry = Entry(self.number(), consumer, now)
+        if consumer in self.stays:
+            self.stays[consumer] = self.stays[consumer].asked(now)
         self._line.setdefault(consumer, OrderedDict())[entry.seq] = entry
         return entry
 
@@ -141,19 +232,26 @@ class Queue:
     def resolve(self, catalog: Catalog) -> None:
         """The same consumers, with GPUs that are now known by their index."""
         self.catalog = catalog
+        self.stays = {name: stay for name, stay in self.stays.items() if name in catalog.consumers}
         for hold in self._holds.values():
             hold.gpus = catalog.consumers[hold.consumer].gpus
 
-    def begin(self) -> list[Hold]:
-        """Move every request that has its turn from the line to the holders, as ``preparing``."""
+    def begin(self, now: float = 0.0) -> list[Hold]:
+        """Move every request that has its turn from the line to the holders, as ``preparing``. To be asked after every
+        coming and going, and at ``look_again_at``. A policy that does not go by the time needs no ``now``."""
         begun = []
         slots = self._slots()
-        for entry in self._policy.turns(self._line, self._holds.values(), self.catalog):
+        self.stays = stays_after(self.stays, self._line, self._holds.values(), self.catalog, now)
+        turns = self._policy.turns(self._line, self._holds.values(), self.catalog, now, self.stays, self._swap_seconds)
+        self.look_again_at = turns.look_again_at
+        for entry in turns.entries:
             gpus = set(self.catalog.consumers[entry.consumer].gpus)
             free = not overlap(slots, gpus)
             slots |= gpus  # 5: also where it must wait, so that nobody behind it goes first
             if free and entry.consumer not in self._unloading:  # 4
                 begun.append(self._hold(entry))
+        if begun:
+            self.stays = stays_after(self.stays, self._line, self._holds.values(), self.catalog, now)
         return begun
 
     def admit(self, entry: Entry) -> Hold:
@@ -177,6 +275,8 @@ class Queue:
 
     def take_out(self, consumer: str) -> None:
         """Its unload begins: requests for it wait from now on."""
+        if consumer in self.stays:
+            self.stays[consumer] = replace(self.stays[consumer], since=None)
         self._unloading[consumer] = self._unloading.get(consumer, 0) + 1
 
     def put_back(self, consumer: str) -> None:

@@ -21,7 +21,7 @@ from gpumgr.core.card import Reading
 from gpumgr.core.catalog import Catalog, Consumer
 from gpumgr.core.lease import Call, EndReason, Lease, LeaseBook, RequestKey
 from gpumgr.core.placement import Decision, Grant, Holding, Report, View
-from gpumgr.core.queue import Entry, Fifo, Hold, Queue, WaitingFor
+from gpumgr.core.queue import Entry, Fifo, Hold, Line, Queue, Turns, WaitingFor
 from gpumgr.errors import GpumgrError, LeaseUnknown
 from gpumgr.runtime import broker, preparation, state
 from gpumgr.runtime.broker import Broker
@@ -73,7 +73,7 @@ def last_come_first_served(patch: pytest.MonkeyPatch) -> None:
     def heads(line: Mapping[str, Mapping[int, Entry]], _catalog: Catalog) -> list[Entry]:
         return sorted((e for entries in line.values() for e in entries.values()), key=lambda entry: -entry.seq)
 
-    patch.setattr(queue, "_heads", heads)
+    patch.setattr(queue, "heads", heads)
 
 
 @mutant
@@ -96,16 +96,14 @@ def one_more_than_max_concurrency(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def overtakes_who_is_ahead(patch: pytest.MonkeyPatch) -> None:
-    def turns(
-        _self: Fifo, line: Mapping[str, Mapping[int, Entry]], holds: Iterable[Hold], catalog: Catalog
-    ) -> list[Entry]:
+    def turns(_self: Fifo, line: Line, holds: Iterable[Hold], catalog: Catalog, _now: float, *_more: object) -> Turns:
         ahead = Counter(hold.consumer for hold in holds)
         found = []
-        for entry in queue._heads(line, catalog):
+        for entry in queue.heads(line, catalog):
             if not queue.blocked(entry.consumer, ahead, catalog):
                 found.append(entry)
                 ahead[entry.consumer] += 1
-        return found
+        return Turns(found)
 
     patch.setattr(Fifo, "turns", turns)
 
@@ -276,7 +274,7 @@ def a_call_waits_for_nobody(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def calls_overtake_leases(patch: pytest.MonkeyPatch) -> None:
     calls: set[int] = set()
-    heads, real = queue._heads, State.enter
+    heads, real = queue.heads, State.enter
 
     def enter(
         self: State, ask: Ask, consumer: Consumer, now: float, deadline: float, *, proxied: bool = False
@@ -286,7 +284,7 @@ def calls_overtake_leases(patch: pytest.MonkeyPatch) -> None:
         return ticket
 
     patch.setattr(State, "enter", enter)
-    patch.setattr(queue, "_heads", lambda *a: sorted(heads(*a), key=lambda entry: entry.seq not in calls))
+    patch.setattr(queue, "heads", lambda *a: sorted(heads(*a), key=lambda entry: entry.seq not in calls))
 
 
 @mutant

@@ -125,7 +125,7 @@ def last_come_first_served() -> None:
     def heads(line: Mapping[str, OrderedDict[int, Entry]], _catalog: Catalog) -> list[Entry]:
         return sorted((next(reversed(waiting.values())) for waiting in line.values()), key=lambda e: -e.seq)
 
-    _put(queue, "_heads", heads)
+    _put(queue, "heads", heads)
 
 
 @mutant("R1", "R5", manners=Manners(crashes=0.2), moods=QUIET)

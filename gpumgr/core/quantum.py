@@ -1,0 +1,155 @@
+"""An order with few swaps and a bound on waiting: whoever is on the card keeps its turn for a while.
+
+Owns: how long a turn lasts, and how long a consumer that is idle keeps the card. Must not: know memory, HTTP, threads
+or a clock: it is a pure decision over who waits, who holds, who stays, what swaps cost, and ``now``.
+
+A **swap** sends away consumers that are on the card for one that may not be there beside them; it costs seconds in
+which the card computes nothing. A request **needs a swap** while a consumer that its own one excludes is on the card.
+Rules of the turn (the numbers stand beside the code; 1 to 5 are those of core/queue.py):
+
+6. Within one consumer: first come, first served.
+7. A request that needs no swap goes ahead of an older one that needs one, until that one is **due**: its quantum has
+   run for it, counted from its arrival, or from the beginning of the resident's turn where that is later. Where it
+   needs several gone, it is due when the last of their turns is over: so nobody keeps a card empty for a turn on
+   another one.
+8. Among those that need a swap nobody overtakes anybody whom they would hold up: when a turn is over, the next one is
+   the oldest request's. One that is due is held up by older ones only.
+9. The **quantum** of a pair is so many times what it costs to swap there and back as requests wait for this part of the
+   card, not less than ``LEAST`` times and not more than ``factor`` times: a card that few wait for has time for a
+   swap. A swap there and back counts as ``floor_seconds`` at least, so that a turn covers a few requests. Where
+   somebody has fixed ``quantum_seconds``, that is its most instead.
+10. A consumer that is idle **lingers** before a swap where it usually comes back soon: for twice the median of its
+   last gaps and ``GRACE_SECONDS``, unless that is more than ``LINGER_SHARE`` of the cost of the swap there and back:
+   then it would cost more than it saves, and it goes at once. Nobody waits for it who needs no swap, nor longer than
+   until they are due.
+11. Who joins others on the card joins their turn, so that the quanta of coexisting consumers do not add up.
+
+**The bound.** On one card, with consumers that all exclude each other, a request waits at most for
+
+- the holds of all who came before it, with a swap for each of them, and its own swap: the worst of first come first
+  served,
+- and once for each other consumer: its longest quantum, and the hold that runs when that is over.
+
+Why: every turn begins with the oldest request, so that the swaps are no more than the older ones, and a consumer
+whose younger requests overtake this one has no older ones left and gets no other turn before it. All that it is
+overtaken by, and the lingering, lies within one quantum of the turn that each other consumer has last.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+from gpumgr.core.catalog import Catalog
+from gpumgr.core.queue import Entry, Hold, Line, Stay, SwapSeconds, Turns, blocked, heads, in_order
+
+FACTOR = 6.0
+LEAST = 2.0
+FLOOR_SECONDS = 12.0
+LINGER_SHARE = 0.5
+GRACE_SECONDS = 0.2
+"""A caller's next request is on its way for a moment also where it does not think."""
+GAPS_NEEDED = 2
+UNKNOWN_SWAP_SECONDS = 5.0
+"""Until a swap was seen: a small model from a warm disk cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantum:
+    """``quantum_seconds``: the longest quantum of all pairs; None: by what their swaps cost."""
+
+    quantum_seconds: float | None = None
+    factor: float = FACTOR
+    floor_seconds: float = FLOOR_SECONDS
+    linger_share: float = LINGER_SHARE
+
+    def turns(
+        self,
+        line: Line,
+        holds: Iterable[Hold],
+        catalog: Catalog,
+        now: float,
+        stays: Mapping[str, Stay],
+        swap_seconds: SwapSeconds,
+    ) -> Turns:
+        ahead = Counter(hold.consumer for hold in holds)
+        first: list[Entry] = []
+        behind: list[tuple[Entry, float]] = []
+        for entry in heads(line, catalog):  # 6
+            needs = self.swap_needed(entry, line, catalog, stays, swap_seconds)
+            if needs is None or (needs.due_at <= now and not _held_up(entry, behind, catalog)):
+                first.append(entry)
+            else:
+                behind.append((entry, min(needs.due_at, needs.lingers_until)))  # 7
+        found = in_order(first, ahead, catalog)
+        look_again_at: float | None = None
+        for entry, until in behind:
+            goes = not blocked(entry.consumer, ahead, catalog)
+            ahead[entry.consumer] += 1  # 8
+            if goes and until <= now:
+                found.append(entry)
+            elif goes:  # 10
+                look_again_at = until if look_again_at is None else min(look_again_at, until)
+        return Turns(found, look_again_at)
+
+    def swap_needed(
+        self, entry: Entry, line: Line, catalog: Catalog, stays: Mapping[str, Stay], swap_seconds: SwapSeconds
+    ) -> Swap | None:
+        """The swap that a waiting request needs; None: none. Also for whoever has to say why it waits."""
+        due_at, lingers_until = float("-inf"), float("-inf")
+        found = False
+        for name in catalog.excluded[entry.consumer]:
+            stay = stays.get(name)
+            if stay is None or stay.since is None:
+                continue
+            found = True
+            cost = round_trip_seconds(name, entry.consumer, swap_seconds)
+            quantum = self.quantum_seconds_of(cost, waiting_for_part_of(name, line, catalog))
+            due_at = max(due_at, max(stay.since, entry.arrived_at) + quantum)
+            if stay.idle_since is not None:
+                lingers_until = max(lingers_until, stay.idle_since + self.linger_seconds(stay, cost))
+        return Swap(due_at, lingers_until) if found else None
+
+    def quantum_seconds_of(self, round_trip: float, waiting: float) -> float:
+        """How long a turn lasts while so many wait (9)."""
+        most = max(LEAST, self.factor)
+        times = max(LEAST, min(waiting, most))
+        if self.quantum_seconds is not None:
+            return self.quantum_seconds * times / most
+        return times * max(self.floor_seconds, round_trip)
+
+    def longest_seconds(self, round_trip: float) -> float:
+        return self.quantum_seconds_of(round_trip, float("inf"))
+
+    def linger_seconds(self, stay: Stay, round_trip: float) -> float:
+        """How long it keeps the card although it is idle (10); 0: not at all."""
+        if len(stay.gaps) < GAPS_NEEDED:
+            return 0.0
+        expected = 2 * median(stay.gaps) + GRACE_SECONDS
+        return expected if expected <= self.linger_share * round_trip else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """What a request needs before its turn. ``due_at``: nobody overtakes it from then on."""
+
+    due_at: float
+    lingers_until: float
+
+
+def waiting_for_part_of(resident: str, line: Line, catalog: Catalog) -> int:
+    """How many wait for this consumer, or for it to go."""
+    excluded = catalog.excluded[resident]
+    return sum(len(entries) for name, entries in line.items() if name == resident or name in excluded)
+
+
+def round_trip_seconds(resident: str, other: str, swap_seconds: SwapSeconds) -> float:
+    """A turn of somebody else costs two swaps: theirs, and the one back."""
+    there, back = swap_seconds(resident, other), swap_seconds(other, resident)
+    return sum(UNKNOWN_SWAP_SECONDS if seconds is None else seconds for seconds in (there, back))
+
+
+def _held_up(entry: Entry, behind: Iterable[tuple[Entry, float]], catalog: Catalog) -> bool:
+    return any(catalog.exclude(entry.consumer, other.consumer) for other, _ in behind)

@@ -1,0 +1,394 @@
+"""The order of turns: the numbers are those of gpumgr/core/quantum.py."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpumgr.core.catalog import Consumer
+from gpumgr.core.quantum import FACTOR, GRACE_SECONDS, Quantum
+from gpumgr.core.queue import Entry, Phase, Policy, Queue, Stay, Turns
+from gpumgr.simulate.bound import beyond_promise
+from gpumgr.simulate.engine import Card, Run
+from gpumgr.simulate.peers import HeadAge
+from gpumgr.simulate.workload import Arrival, Kind
+from tests.worlds import catalog, consumer
+
+SWAP = 10.0
+MANY = int(FACTOR)
+LONGEST = MANY * 2 * SWAP
+
+
+class Bench:
+    """A queue under a clock that the test moves; whoever has the turn is live at once."""
+
+    def __init__(self, *consumers: Consumer, policy: Policy | None = None) -> None:
+        self.queue = Queue(catalog(*consumers), policy or Quantum(), lambda _from, _to: SWAP)
+        self.now = 0.0
+
+    def ask(self, *names: str) -> list[Entry]:
+        return [self.queue.enter(name, self.now) for name in names]
+
+    def go(self) -> list[str]:
+        went = []
+        while begun := self.queue.begin(self.now):
+            for hold in begun:
+                hold.phase = Phase.LIVE
+                went.append(hold.consumer)
+        return went
+
+    def end(self) -> None:
+        for seq in list(self.queue.holds):
+            self.queue.leave(seq)
+
+    def serve(self, name: str, seconds: float = 1.0) -> None:
+        """One request from its arrival to its end, with nobody else there."""
+        self.ask(name)
+        assert self.go() == [name]
+        self.now += seconds
+        self.end()
+        assert self.go() == []
+
+
+THREE = (consumer("chat"), consumer("voice"), consumer("paint"))
+
+
+def full(bench: Bench, name: str) -> None:
+    """So many wait that a quantum is as long as it gets."""
+    bench.ask(*[name] * MANY)
+
+
+def test_6_within_one_consumer_first_come_first_served() -> None:
+    bench = Bench(*THREE)
+    came = [entry.seq for entry in bench.ask("chat", "voice", "chat", "voice", "chat")]
+    went = []
+    while bench.go():
+        went += list(bench.queue.holds)
+        bench.now += 1
+        bench.end()
+    assert went == [came[0], came[2], came[4], came[1], came[3]]
+
+
+def test_7_the_resident_goes_ahead_of_who_needs_a_swap_until_its_quantum_is_over() -> None:
+    bench = Bench(*THREE)
+    bench.ask("chat")
+    assert bench.go() == ["chat"]
+    bench.ask("voice")
+    full(bench, "chat")
+    bench.now = LONGEST - 1
+    bench.end()
+    assert bench.go() == ["chat"]
+    bench.ask("chat")
+    bench.now = LONGEST
+    bench.end()
+    assert bench.go() == ["voice"]
+
+
+def test_7_a_quantum_is_counted_from_the_arrival_of_who_waits() -> None:
+    bench = Bench(*THREE)
+    bench.ask("chat")
+    assert bench.go() == ["chat"]
+    bench.now = 1000
+    bench.ask("voice")
+    full(bench, "chat")
+    bench.end()
+    assert bench.go() == ["chat"]
+    bench.ask("chat")
+    bench.now = 1000 + LONGEST
+    bench.end()
+    assert bench.go() == ["voice"]
+
+
+def test_7_it_has_to_send_away_the_last_of_several() -> None:
+    left, right = consumer("left", gpus=(0,)), consumer("right", gpus=(1,))
+    bench = Bench(left, right, consumer("both", gpus=(0, 1)))
+    bench.ask("left")
+    assert bench.go() == ["left"]
+    bench.now = LONGEST - 1
+    bench.ask("right")
+    assert bench.go() == ["right"]
+    bench.ask("both")
+    full(bench, "left")
+    full(bench, "right")
+    for bench.now in (LONGEST - 0.5, 2 * LONGEST - 2):
+        bench.end()
+        assert bench.go() == ["left", "right"]
+        bench.ask("left", "right")
+    bench.now = 2 * LONGEST
+    bench.end()
+    assert bench.go() == ["both"]
+
+
+def test_8_when_a_turn_is_over_the_oldest_is_next() -> None:
+    bench = Bench(*THREE)
+    bench.ask("chat", "voice", "paint", "chat")
+    assert bench.go() == ["chat"]
+    bench.now = LONGEST
+    bench.end()
+    assert bench.go() == ["voice"]
+    bench.end()
+    assert bench.go() == ["paint"]  # voice has nobody left, and chat is younger
+
+
+def test_8_one_that_is_due_goes_ahead_of_younger_ones_only() -> None:
+    bench = Bench(*THREE)
+    bench.ask("chat")
+    assert bench.go() == ["chat"]
+    older, _ = bench.ask("chat", "voice")
+    bench.now = LONGEST
+    bench.end()
+    assert bench.go() == ["chat"]
+    assert list(bench.queue.holds) == [older.seq]
+
+
+def test_8_who_is_resident_goes_first_where_nobody_waits_for_long() -> None:
+    bench = Bench(*THREE)
+    bench.serve("chat")
+    bench.ask("voice", "chat")
+    assert bench.go() == ["chat"]
+
+
+def test_8_a_shorter_quantum_overtakes_nobody() -> None:
+    costs = {"paint": 100.0, "voice": 1.0, "chat": 1.0}
+    queue = Queue(catalog(*THREE), Quantum(), lambda _from, to: costs[to])
+    queue.enter("chat", 0.0)
+    (hold,) = queue.begin(0.0)
+    hold.phase = Phase.LIVE
+    for name in ("paint", "voice", "chat"):
+        queue.enter(name, 0.0)
+    queue.leave(hold.seq)
+    now = 60.0  # voice is due by its own costs, paint is not
+    assert [hold.consumer for hold in queue.begin(now)] == ["chat"]
+
+
+def test_8_one_of_those_that_need_a_swap_goes() -> None:
+    line = {"voice": {1: Entry(1, "voice")}, "paint": {2: Entry(2, "paint")}}
+    stays = {"chat": Stay(since=0.0, idle_since=1.0)}
+    found = Quantum().turns(line, [], catalog(*THREE), 2.0, stays, lambda _from, _to: SWAP)
+    assert found == Turns([Entry(1, "voice")])
+
+
+def test_7_a_turn_lasts_however_long_who_waits_has_waited() -> None:
+    bench = Bench(*THREE)
+    bench.ask("chat", *["voice"] * MANY, "paint")
+    assert bench.go() == ["chat"]
+    bench.now = 10 * LONGEST
+    bench.ask("voice")
+    bench.end()
+    assert bench.go() == ["voice"]
+    for _ in range(MANY):  # also the one that is younger than paint
+        bench.now += 1
+        bench.end()
+        assert bench.go() == ["voice"]
+    bench.end()
+    assert bench.go() == ["paint"]
+
+
+def test_who_was_sent_away_is_on_the_card_no_more() -> None:
+    bench = Bench(*THREE)
+    bench.serve("chat")
+    bench.serve("voice")
+    bench.ask("paint", "voice")
+    assert bench.go() == ["voice"]
+
+
+def test_who_waits_on_the_card_is_not_idle() -> None:
+    bench = Bench(consumer("chat", beside=["hear"]), consumer("hear", beside=["chat"]))
+    bench.serve("chat")
+    bench.now += 5
+    bench.ask("hear")
+    assert len(bench.queue.begin(bench.now)) == 1  # and is being prepared: chat has to wait
+    for _ in range(2):
+        bench.ask("chat")
+        bench.now += 1
+        assert bench.queue.begin(bench.now) == []
+    assert bench.queue.stays["chat"].gaps == (5.0,)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "policy", "seconds"),
+    [
+        (MANY, Quantum(), LONGEST),
+        (3 * MANY, Quantum(), LONGEST),
+        (5, Quantum(), 5 * 2 * SWAP),
+        (2, Quantum(), 2 * 2 * SWAP),
+        (MANY, Quantum(factor=1.0), 2 * 2 * SWAP),
+        (MANY, Quantum(floor_seconds=60.0), MANY * 60.0),
+        (MANY, Quantum(quantum_seconds=7.0), 7.0),
+    ],
+)
+def test_9_a_quantum_follows_the_swaps_and_how_many_wait(waiting: int, policy: Quantum, seconds: float) -> None:
+    bench = Bench(*THREE, policy=policy)
+    bench.ask("chat")
+    assert bench.go() == ["chat"]
+    bench.ask("voice", *["chat"] * (waiting - 1))
+    bench.now = seconds - 0.01
+    bench.end()
+    assert bench.go() == ["chat"]
+    bench.ask("chat")
+    bench.now = seconds
+    bench.end()
+    assert bench.go() == ["voice"]
+
+
+def returns_after(bench: Bench, name: str, *gaps: float) -> None:
+    for gap in gaps:
+        bench.serve(name)
+        bench.now += gap
+    bench.serve(name)
+
+
+def test_10_who_usually_comes_back_soon_keeps_the_card_for_a_moment() -> None:
+    bench = Bench(*THREE)
+    returns_after(bench, "chat", 1.0, 2.0, 3.0)
+    idle_since = bench.now
+    bench.ask("voice")
+    assert bench.go() == []
+    assert bench.queue.look_again_at == idle_since + 2 * 2.0 + GRACE_SECONDS
+    bench.now += 2
+    bench.ask("chat")
+    assert bench.go() == ["chat"]
+    bench.end()
+    assert bench.go() == []
+    bench.now = bench.queue.look_again_at or 0
+    assert bench.go() == ["voice"]
+    assert bench.queue.look_again_at is None
+
+
+def test_10_who_usually_comes_back_late_goes_at_once() -> None:
+    bench = Bench(*THREE)
+    returns_after(bench, "chat", 1.0, 6.0, 7.0)
+    bench.ask("voice")
+    assert bench.go() == ["voice"]
+
+
+def test_10_nothing_is_expected_of_who_was_hardly_seen() -> None:
+    bench = Bench(*THREE)
+    returns_after(bench, "chat", 1.0)
+    bench.ask("voice")
+    assert bench.go() == ["voice"]
+
+
+def test_10_nobody_waits_who_needs_no_swap() -> None:
+    bench = Bench(consumer("chat", beside=["hear"]), consumer("hear", beside=["chat"]), consumer("paint", gpus=(1,)))
+    returns_after(bench, "chat", 0.0, 0.0, 0.0)
+    bench.ask("hear", "paint")
+    assert bench.go() == ["hear", "paint"]
+
+
+def test_10_nobody_waits_longer_than_until_they_are_due() -> None:
+    bench = Bench(*THREE, policy=Quantum(quantum_seconds=3.0, linger_share=1.0))
+    returns_after(bench, "chat", 5.0, 5.0, 5.0)
+    bench.ask("voice")
+    assert bench.go() == []
+    assert bench.queue.look_again_at == pytest.approx(bench.now + 3.0 * 2 / MANY)
+
+
+def test_10_a_second_request_of_who_waits_is_no_return() -> None:
+    bench = Bench(*THREE)
+    bench.serve("chat")
+    bench.now += 5
+    bench.ask("voice", "chat")
+    bench.queue.take_out("chat")  # it cannot be served yet
+    assert bench.go() == ["voice"]
+    bench.ask("chat", "chat")
+    assert bench.queue.stays["chat"].gaps == (5.0,)
+
+
+def test_11_who_joins_the_card_joins_the_turn() -> None:
+    beside = (consumer("chat", beside=["hear"]), consumer("hear", beside=["chat"]))
+    bench = Bench(*beside, consumer("paint"))
+    bench.ask("chat")
+    assert bench.go() == ["chat"]
+    bench.ask("paint")
+    full(bench, "chat")
+    bench.now = LONGEST - 1
+    bench.ask("hear")  # needs no swap, as paint does
+    assert bench.go() == ["hear"]
+    bench.ask("hear")
+    bench.now = LONGEST
+    bench.end()
+    assert bench.go() == ["paint"]
+
+
+def test_different_gpus_are_independent() -> None:
+    bench = Bench(consumer("chat"), consumer("voice"), consumer("draw", gpus=(1,)), consumer("write", gpus=(1,)))
+    bench.ask("chat", "voice", "draw")
+    assert bench.go() == ["chat", "draw"]
+    full(bench, "write")
+    bench.ask("chat")
+    bench.now = LONGEST / 2  # long for two that wait for the first card
+    bench.end()
+    assert bench.go()[0] == "voice"
+
+
+def test_whoever_was_unloaded_stays_no_more() -> None:
+    bench = Bench(*THREE)
+    bench.serve("chat")
+    bench.queue.take_out("chat")
+    bench.queue.put_back("chat")
+    bench.ask("voice", "chat")
+    assert bench.go() == ["voice"]
+
+
+# -- the bound ------------------------------------------------------------------------------------------------
+
+SECONDS = st.floats(0.0, 40.0, allow_nan=False).map(lambda seconds: round(seconds, 1))
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> tuple[list[Kind], list[Arrival], Quantum]:
+    kinds = [Kind(name, draw(SECONDS), 1.0, 1.0) for name in "abcd"[: draw(st.integers(2, 4))]]
+    at, arrivals = 0.0, []
+    for _ in range(draw(st.integers(1, 60))):
+        at += draw(st.sampled_from([0.0, 0.0, 0.5, 3.0, 30.0]))
+        arrivals.append(Arrival(at, draw(st.sampled_from(kinds)).name, draw(SECONDS)))
+    policy = Quantum(
+        quantum_seconds=draw(st.sampled_from([None, None, 0.0, 5.0, 60.0])),
+        factor=draw(st.sampled_from([1.0, 6.0])),
+        floor_seconds=draw(st.sampled_from([0.0, 60.0])),
+        linger_share=draw(st.sampled_from([0.0, 0.5, 5.0])),
+    )
+    return kinds, arrivals, policy
+
+
+@settings(max_examples=100, deadline=None)
+@given(workloads())
+def test_nobody_waits_longer_than_the_bound(workload: tuple[list[Kind], list[Arrival], Quantum]) -> None:
+    kinds, arrivals, policy = workload
+    run = Card(policy, kinds).play(arrivals)
+    assert len(run.requests) == len(arrivals)
+    assert all(request.ended_at <= run.ended_at for request in run.requests), "somebody was never served"
+    assert run.over_commits == 0
+    assert beyond_promise(run, policy, kinds) == 0
+
+
+def starving(policy: Policy) -> Run:
+    """A voice among chats that never end."""
+    chats = [Arrival(float(second), "chat", 1.0) for second in range(600)]
+    arrivals = sorted([*chats, Arrival(10.5, "voice", 1.0)], key=lambda arrival: arrival.at)
+    return Card(policy, [Kind("chat", 3.0, 1.0, 0.9), Kind("voice", 1.0, 1.0, 0.1)]).play(arrivals)
+
+
+def test_an_order_without_a_bound_does_not_keep_it() -> None:
+    kinds = [Kind("chat", 3.0, 1.0, 0.9), Kind("voice", 1.0, 1.0, 0.1)]
+    assert beyond_promise(starving(Quantum()), Quantum(), kinds) == 0
+    assert beyond_promise(starving(HeadAge()), Quantum(), kinds) == 1
+
+
+# -- what deciding costs ----------------------------------------------------------------------------------------
+
+
+def test_a_long_line_costs_no_more_than_its_heads() -> None:
+    asked = []
+
+    class Counted(dict[int, Entry]):
+        def values(self):  # type: ignore[no-untyped-def]
+            for entry in super().values():
+                asked.append(entry)
+                yield entry
+
+    queued = {"chat": Counted({seq: Entry(seq, "chat") for seq in range(1, 5000)})}
+    Quantum().turns(queued, [], catalog(*THREE), 0.0, {}, lambda _from, _to: SWAP)
+    assert len(asked) <= 2
