@@ -376,7 +376,7 @@ class State:
         """A new request at the end of the line."""
         wanted = self._lease.default_ttl_seconds if ask.ttl_seconds is None else ask.ttl_seconds
         ticket = Ticket(
-            entry=self.queue.enter(consumer.name),
+            entry=self.queue.enter(consumer.name, now),
             consumer=consumer,
             holder=ask.holder,
             ttl_seconds=self._lease.clamp_ttl(wanted),
@@ -459,7 +459,7 @@ class State:
         ``now`` is the caller's where it matters that no time has passed: with ``wait_seconds: 0``.
         """
         now = self._clock.monotonic() if now is None else now
-        while begun := self.queue.begin():
+        while begun := self.queue.begin(now):
             tickets = [self.tickets[hold.seq] for hold in begun]
             late = [ticket for ticket in tickets if not self._begin(ticket, now)]
             for ticket in tickets:

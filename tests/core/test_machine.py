@@ -1012,7 +1012,7 @@ class BrokerMachine(RuleBasedStateMachine):
     @invariant()
     def nobody_who_may_go_is_left_waiting(self) -> None:
         state = self.world.broker.state
-        assert state.queue.begin() == [], "a wake-up was lost"
+        assert state.queue.begin(state.now()) == [], "a wake-up was lost"
         ahead = self.holding()
         taken = {gpu for w in self.preparing() for gpu in SIZES[w.name]}
         for wanted in self.waiting():
