@@ -38,6 +38,7 @@ def test_every_error_has_its_row(code: str) -> None:
             "max_wait_seconds",
             "max_prepare_seconds",
             "policy",
+            "quantum_seconds",
             "mode",
             "connect_timeout_seconds",
             "idle_timeout_seconds",

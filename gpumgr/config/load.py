@@ -195,10 +195,13 @@ def _lease(section: Section) -> LeaseSettings:
 
 def _scheduling(section: Section) -> SchedulingSettings:
     default = SchedulingSettings()
-    policy = section.take("policy", check.one_of("fifo"), default.policy)
+    policy = section.take("policy", check.one_of("quantum", "fifo"), default.policy)
     mode = section.take("mode", check.one_of("evicting", "locked", "passthrough"), default.mode)
+    quantum = section.take("quantum_seconds", check.seconds_or_auto, default.quantum_seconds)
     section.done()
-    return SchedulingSettings(policy, mode)
+    if policy == "fifo" and quantum is not None:
+        raise ConfigError("scheduling.quantum_seconds needs scheduling.policy: quantum: set that, or remove this key")
+    return SchedulingSettings(policy, mode, quantum)
 
 
 def _proxy(section: Section) -> ProxySettings:

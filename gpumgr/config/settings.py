@@ -75,8 +75,11 @@ class LeaseSettings:
 
 @dataclass(frozen=True, slots=True)
 class SchedulingSettings:
-    policy: str = "fifo"
+    """``quantum_seconds`` None: by what swaps cost."""
+
+    policy: str = "quantum"
     mode: str = "evicting"
+    quantum_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -333,6 +333,11 @@ class Queue:
         """A holder at once, whether or not it has its turn."""
         return self._hold(entry)
 
+    def end_stay(self, consumer: str) -> None:
+        """It is not on the card any more: its turn is over, and nobody waits for a swap that none is."""
+        if consumer in self.stays:
+            self.stays[consumer] = replace(self.stays[consumer], since=None)
+
     def restore(self, consumer: str, phase: Phase, priority: Priority = Priority.NORMAL) -> Hold:
         """A holder of an earlier life of the broker."""
         return self._hold(Entry(self.number(), consumer, priority=priority), phase)
@@ -354,8 +359,7 @@ class Queue:
 
     def take_out(self, consumer: str) -> None:
         """Its unload begins: requests for it wait from now on."""
-        if consumer in self.stays:
-            self.stays[consumer] = replace(self.stays[consumer], since=None)
+        self.end_stay(consumer)
         self._unloading[consumer] = self._unloading.get(consumer, 0) + 1
 
     def put_back(self, consumer: str) -> None:

@@ -596,7 +596,7 @@ class Preparation:
             live = state.publish(lease)
             state.queue.holds[ticket.seq].phase = Phase.LIVE
             state.settle(ticket, live)
-            state.expect_end(live.expires_at)
+            state.watch_from(live.expires_at)
             state.advance()
         if self._wakes:
             time.sleep(0)  # whoever was woken goes first: the interpreter changes threads by itself each 5 ms only

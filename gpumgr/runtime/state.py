@@ -132,7 +132,8 @@ class State:
         """Whoever was told nothing yet waits here for an end to be written down."""
         self.ending: set[str] = set()
         """Tokens whose end is being written down."""
-        self.queue = Queue(catalog, policy)
+        self.ledger = Ledger()
+        self.queue = Queue(catalog, policy, self.ledger.pair_seconds)
         self.leases = LeaseBook()
         self.quarantines: dict[int, Quarantine] = {}
         """By hold."""
@@ -143,7 +144,6 @@ class State:
         self.dirty: set[str] = set()
         """Consumers whose totals have changed since they were written."""
         self.on_event: Callable[[dict[str, Any]], None] = lambda _event: None
-        self.ledger = Ledger()
         self.on_load: Callable[[], None] = lambda: None
         """Something begins to be loaded: the card is worth a look. Quick, and called with the lock held."""
         self.on_learned: Callable[[], None] = lambda: None
@@ -212,7 +212,7 @@ class State:
         for lease in kept.rebooted:
             facts = {"lease_id": lease.lease_id, "holder": lease.holder, "reason": EndReason.HOST_REBOOT.value}
             self.note("expire", lease.consumer, **facts)
-        self.changes += 1
+        self.advance(now)  # their turns have begun
 
     def _keep_consumer(self, kept: KeptLease) -> None:
         lease = kept.lease
@@ -360,11 +360,21 @@ class State:
         """It is written down: live from now on."""
         return self.leases.publish(lease, self._clock.monotonic(), self._lease.max_hold_seconds)
 
-    def expect_end(self, at: float) -> None:
-        """The watchdog must look by then. It is not woken where it does so anyway: it would be in the way of the answer
-        to a grant."""
+    def watch_from(self, at: float) -> None:
+        """The watchdog must look by then: a lease may be over, or a turn. It is not woken where it does so anyway: it
+        would be in the way of the answer to a grant."""
         if at < self.watchdog_looks_at:
             self.expiry.notify()
+
+    def next_instant(self) -> float | None:
+        """When something is over, or begins, that nobody comes to say."""
+        instants = (self.leases.next_expiry(), self.queue.look_again_at)
+        return min((at for at in instants if at is not None), default=None)
+
+    def advance_where_due(self, now: float) -> None:
+        """A quantum is over, or a linger, since somebody last came or went."""
+        if self.queue.look_again_at is not None and now >= self.queue.look_again_at:
+            self.advance(now)
 
     def count_request(self, consumer: str, more: int = 1) -> None:
         self.memory[consumer].total_requests += more
@@ -428,7 +438,13 @@ class State:
         hold = self.queue.holds.get(ticket.seq)
         if hold is not None and hold.phase in (Phase.PREPARING, Phase.GRANTING):
             self.queue.leave(ticket.seq)
+            self._end_stay_of_absent(ticket.consumer.name)
             self.advance()
+
+    def _end_stay_of_absent(self, consumer: str) -> None:
+        """Its turn began, and it did not come onto the card, or has left it by itself: nobody waits for its sake."""
+        if self.memory[consumer].resident_since is None and not self.queue.holds_of(consumer):
+            self.queue.end_stay(consumer)
 
     def settle(self, ticket: Ticket, outcome: Lease | Call | GpumgrError) -> None:
         """The ticket has its answer: its callers wake. A granted one keeps its hold, any other leaves.
@@ -470,6 +486,8 @@ class State:
                 self.refuse(ticket, scheduler_timeout(self, ticket))
             if not late:
                 break
+        if self.queue.look_again_at is not None:
+            self.watch_from(self.queue.look_again_at)
         self.changes += 1
         for hold in self.queue.holds.values():
             if hold.phase is Phase.PREPARING and hold.seq in self.tickets:
@@ -748,6 +766,19 @@ class State:
                 remembered.resident_since = reading.read_at
                 remembered.wanted_back = False
         self._note_intruders(resident)
+        self._end_stays(reading, holdings)
+
+    def _end_stays(self, reading: Reading, holdings: Mapping[tuple[str, GpuRef], Holding]) -> None:
+        """Who has left the card by itself, as servers do that unload what is idle, has no turn that others wait for."""
+        ended = False
+        for name, stay in self.queue.stays.items():
+            idle = stay.idle_since is not None and stay.idle_since < reading.read_at
+            gone = all(holdings[name, ref].resident is False for ref in self.catalog.consumers[name].gpus)
+            if stay.since is not None and idle and gone:
+                self.queue.end_stay(name)
+                ended = True
+        if ended and self.queue.look_again_at is not None:
+            self.advance()
 
     def _note_intruders(self, resident: set[str]) -> None:
         """Only where others are unloaded for a lease: else they may have been there before it."""

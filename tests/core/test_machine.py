@@ -73,6 +73,8 @@ PICK = st.integers(0, 99)
 
 
 class BrokerMachine(RuleBasedStateMachine):
+    policy = "fifo"
+
     def __init__(self) -> None:
         super().__init__()
         consumers = [
@@ -86,7 +88,7 @@ class BrokerMachine(RuleBasedStateMachine):
             for name, sizes in SIZES.items()
         ]
         kinds = {name: name for name in NAMES}
-        self.world = World(catalog(*consumers, **kinds), TOTALS, loads=["span"])
+        self.world = World(catalog(*consumers, **kinds), TOTALS, loads=["span"], policy=self.policy)
         self.wanted: dict[int, Wanted] = {}
         self.held: list[Held] = []
         self.called: list[Called] = []
@@ -774,7 +776,7 @@ class BrokerMachine(RuleBasedStateMachine):
         assert holding.count(name) < AT_ONCE.get(name, 1), f"too many for {name}"
         for ahead in self.waiting():
             if ahead.seq < wanted.seq:
-                assert not conflicts(name, ahead.name), f"{name} overtook {ahead.name}"
+                assert not self.overtaken(wanted, ahead), f"{name} overtook {ahead.name}"
 
         fits = all(self.missing(name, gpu) <= shown[gpu] for gpu in SIZES[name])
         if isinstance(granted, Lease):
@@ -915,10 +917,14 @@ class BrokerMachine(RuleBasedStateMachine):
             if wanted.turn_at is None and wanted.seq in holds:
                 for other in self.waiting():
                     if other.seq < wanted.seq:
-                        assert not conflicts(wanted.name, other.name), f"{wanted.name} overtook {other.name}"
+                        assert not self.overtaken(wanted, other), f"{wanted.name} overtook {other.name}"
                 wanted.turn_at = self.now
             if not any(caller.waits for caller in wanted.callers):
                 wanted.over = True
+
+    def overtaken(self, wanted: Wanted, other: Wanted) -> bool:
+        """Whether this was not this one's turn, as the other came earlier."""
+        return conflicts(wanted.name, other.name)
 
     def notice_expiry(self) -> None:
         """Whoever still computes for one that has expired is in quarantine, if nobody else holds it."""
@@ -1012,7 +1018,7 @@ class BrokerMachine(RuleBasedStateMachine):
     @invariant()
     def nobody_who_may_go_is_left_waiting(self) -> None:
         state = self.world.broker.state
-        assert state.queue.begin(state.now()) == [], "a wake-up was lost"
+        assert state.queue.begin(self.now) == [], "a wake-up was lost"
         ahead = self.holding()
         taken = {gpu for w in self.preparing() for gpu in SIZES[w.name]}
         for wanted in self.waiting():
@@ -1044,7 +1050,7 @@ class BrokerMachine(RuleBasedStateMachine):
             self.compute(name, False)
         for game in self.world.games:
             game.set_used(0)
-        for _ in range(4 + 2 * len(self.world.broker.state.tickets)):
+        for _ in range(self.rounds() + 2 * len(self.world.broker.state.tickets)):
             for held in self.leases():
                 self.end_lease(held, goes_on=False)
             self.notice_expiry()
@@ -1059,8 +1065,55 @@ class BrokerMachine(RuleBasedStateMachine):
         assert not state.tickets, "somebody waits for nobody"
         assert not any((state.calls, state.inside, state.begun, state.by_request, self.world.preparations))
 
+    def rounds(self) -> int:
+        return 4
+
     def teardown(self) -> None:
         self.world.broker.stop()
+
+
+class QuantumMachine(BrokerMachine):
+    """The same with the order that goes by time as well: whoever waits for a quantum's end or a linger has an instant
+    at which somebody looks."""
+
+    policy = "quantum"
+    LONGEST_WAIT = 6 * 12.0
+    """Of anybody for a quantum: no swap is known here, and a swap there and back counts as so long."""
+
+    @precondition(lambda self: self.again_at() is not None)
+    @rule(early=st.sampled_from([0.0, 0.001]), watchdog_ran=st.booleans(), keep_up=KEEP_UP)
+    def reach_a_turn(self, early: float, watchdog_ran: bool, keep_up: bool) -> None:
+        left = (self.again_at() or self.now) - self.now
+        self.pass_time(max(0.0, left - early), watchdog_ran)
+        self.let_threads_run(keep_up)
+
+    def rounds(self) -> int:
+        """Of half a second each, until the last linger is over."""
+        return 4 + int(self.LONGEST_WAIT)
+
+    def again_at(self) -> float | None:
+        return self.world.broker.state.queue.look_again_at
+
+    def overtaken(self, wanted: Wanted, other: Wanted) -> bool:
+        """Of one consumer it is still first come, first served."""
+        return wanted.name == other.name
+
+    @invariant()
+    def nobody_who_may_go_is_left_waiting(self) -> None:
+        """Nor is anybody who may not go yet, with nobody to look again when he may."""
+        state = self.world.broker.state
+        again_at = self.again_at()
+        if again_at is not None and again_at <= self.now:  # time has passed, and the watchdog was late
+            self.notice_expiry()
+            self.world.broker.tick()
+            self.follow()
+        assert state.queue.begin(self.now) == [], "a wake-up was lost"
+        again_at = self.again_at()
+        assert again_at is None or self.now < again_at <= self.now + self.LONGEST_WAIT
+        ahead, taken = self.holding(), {gpu for w in self.preparing() for gpu in SIZES[w.name]}
+        for wanted in self.waiting():
+            if not blocked(wanted.name, ahead) and taken.isdisjoint(SIZES[wanted.name]):
+                assert again_at is not None, f"{wanted.name} waits for nobody, and nobody will look again"
 
 
 MACHINE = settings(
@@ -1073,3 +1126,7 @@ MACHINE = settings(
 
 def test_no_order_of_events_breaks_a_rule() -> None:
     run_state_machine_as_test(BrokerMachine, settings=MACHINE)
+
+
+def test_nor_where_the_order_goes_by_time() -> None:
+    run_state_machine_as_test(QuantumMachine, settings=settings(MACHINE, max_examples=60))

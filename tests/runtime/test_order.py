@@ -1,0 +1,155 @@
+"""The order with few swaps at work: who keeps its turn, who wakes those that wait for time alone, when a turn ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpumgr.config import SchedulingSettings
+from gpumgr.core.ledger import Observation, Unloaded
+from gpumgr.core.quantum import Quantum
+from gpumgr.core.queue import Fifo
+from gpumgr.errors import ConsumerUnhealthy
+from gpumgr.runtime.broker import order_of
+from tests.worlds import Caller, Calling, World, catalog, consumer, started
+
+CHAT, PAINT = consumer("chat", 9000), consumer("paint", 14000)
+QUANTUM = 2 * 12.0
+"""While two wait, and no swap was seen yet."""
+
+
+@pytest.fixture
+def world() -> World:
+    return World(catalog(CHAT, PAINT), totals_mib=[16000])
+
+
+def quick_visits(world: World, count: int = 3) -> None:
+    """So that it is known to come back soon."""
+    for _ in range(count):
+        world.broker.release(world.grant("chat", loaded=True).token)
+        world.pass_time(0.1)
+
+
+def goes_on(world: World, caller: Caller) -> str:
+    world.prepare()
+    return caller.lease().token
+
+
+# -- the turn -----------------------------------------------------------------------------------------------
+
+
+def test_who_is_on_the_card_keeps_its_turn_for_a_quantum(world: World) -> None:
+    token = world.grant("chat", loaded=True).token
+    paint = world.ask("paint")
+    for _ in range(2):
+        chat = world.ask("chat")
+        world.broker.release(token)
+        token = goes_on(world, chat)
+    world.pass_time(QUANTUM)
+    late = world.ask("chat")
+    world.broker.release(token)
+    world.broker.release(goes_on(world, paint))
+    assert goes_on(world, late)
+    assert [world.services[name].asked_to_unload for name in ("chat", "paint")] == [1, 0]
+
+
+def test_nobody_waits_for_a_turn_that_nobody_uses(world: World) -> None:
+    world.broker.release(world.grant("chat", loaded=True).token)
+    assert world.grant("paint").granted_at == world.now
+
+
+def test_who_comes_back_soon_is_waited_for_and_the_watchdog_ends_that(world: World) -> None:
+    quick_visits(world)
+    world.broker.release(world.grant("chat").token)
+    paint = world.ask("paint")
+    assert world.begun() == []
+    world.pass_time(0.1, watchdog=True)
+    world.broker.release(world.grant("chat").token)
+    world.pass_time(5, watchdog=True)
+    assert world.begun() == [paint.ticket.seq]
+
+
+def test_a_running_watchdog_wakes_for_it() -> None:
+    with started(CHAT, PAINT) as world:
+        for _ in range(4):
+            world.broker.release(world.lease("chat").token)
+            world.services["chat"].take()
+        paint = Calling(world, "paint")
+        assert paint.lease().consumer == "paint"
+
+
+# -- what a swap costs --------------------------------------------------------------------------------------
+
+
+def test_a_quantum_follows_what_was_learned_of_swaps(world: World) -> None:
+    ledger = world.broker.state.ledger
+    assert ledger.pair_seconds("chat", "paint") is None
+    for name in ("chat", "paint"):
+        ledger._enter(world.catalog.consumers[name], Unloaded("", 9000, 300, 2.0, share=1.0))
+        ledger._enter(world.catalog.consumers[name], Observation("", {0: 1}, {0: 1}, reload_seconds=8.0))
+    assert ledger.pair_seconds("chat", "paint") == 10.0
+    token = world.grant("chat", loaded=True).token
+    paint = world.ask("paint")
+    world.pass_time(2 * QUANTUM / 1.2 - 10)  # two times there and back are 40 s by now
+    chat = world.ask("chat")
+    world.broker.release(token)
+    token = goes_on(world, chat)
+    world.pass_time(11)
+    world.ask("chat")
+    world.broker.release(token)
+    assert goes_on(world, paint)
+
+
+# -- when it is over ----------------------------------------------------------------------------------------
+
+
+def test_who_left_the_card_by_itself_is_not_waited_for(world: World) -> None:
+    quick_visits(world)
+    paint = world.ask("paint")
+    world.services["chat"].take(0)
+    world.pass_time(0.01)
+    world.broker.observe_card()
+    assert world.begun() == [paint.ticket.seq]
+
+
+def test_who_never_came_onto_the_card_has_no_turn(world: World) -> None:
+    world.broker.release(world.grant("chat", loaded=True).token)
+    world.services["paint"].unhealthy = "it burns"
+    for _ in range(3):
+        assert isinstance(world.refusal("paint"), ConsumerUnhealthy)
+        world.pass_time(0.1)
+    assert world.grant("chat").granted_at == world.now
+
+
+def test_an_unload_that_nobody_waits_for_ends_a_turn_too(world: World) -> None:
+    quick_visits(world)
+    world.broker.outsiders.hold(None, 60, None)
+    world.broker.observe_card()
+    world.broker.housekeeping.round()
+    world.broker.outsiders.resume(None)
+    assert world.grant("paint").granted_at == world.now
+
+
+def test_a_lease_of_an_earlier_life_has_the_turn(world: World) -> None:
+    lease = world.grant("chat", loaded=True)
+    world.restart()
+    world.broker.release(lease.token)
+    chat = world.ask("chat")
+    paint, again = world.ask("paint"), world.ask("chat")
+    world.broker.release(goes_on(world, chat))
+    assert goes_on(world, again)
+    assert paint.waits
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "order"),
+    [
+        (SchedulingSettings(), Quantum()),
+        (SchedulingSettings(quantum_seconds=30), Quantum(30)),
+        (SchedulingSettings("fifo"), Fifo),
+        (SchedulingSettings(mode="locked"), Fifo),
+        (SchedulingSettings(mode="passthrough"), Fifo),
+    ],
+)
+def test_where_nothing_is_unloaded_there_are_no_swaps_to_save(scheduling: SchedulingSettings, order: object) -> None:
+    found = order_of(scheduling)
+    assert found == order or type(found) is order
