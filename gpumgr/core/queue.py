@@ -53,6 +53,7 @@ class WaitingFor(StrEnum):
     VRAM = "vram"
     PREPARING = "preparing"
     DRAINING = "draining"
+    QUANTUM = "quantum"
 
 
 class Priority(StrEnum):
@@ -254,8 +255,8 @@ class Queue:
         """Of every consumer that had a turn."""
         self.look_again_at: float | None = None
         """The instant at which ``begin`` may find somebody although nobody came or went."""
-        self._policy = policy
-        self._swap_seconds = swap_seconds
+        self.policy = policy
+        self.swap_seconds = swap_seconds
         self._line: dict[str, OrderedDict[int, Entry]] = {}
         self._holds: dict[int, Hold] = {}
         self._unloading: dict[str, int] = {}
@@ -317,7 +318,7 @@ class Queue:
         begun = []
         slots = self._slots()
         self.stays = stays_after(self.stays, self._line, self._holds.values(), self.catalog, now)
-        turns = self._policy.turns(self._line, self._holds.values(), self.catalog, now, self.stays, self._swap_seconds)
+        turns = self.policy.turns(self._line, self._holds.values(), self.catalog, now, self.stays, self.swap_seconds)
         self.look_again_at = turns.look_again_at
         for entry in turns.entries:
             gpus = set(self.catalog.consumers[entry.consumer].gpus)
@@ -372,6 +373,23 @@ class Queue:
         return consumer in self._unloading
 
     # -- questions ----------------------------------------------------------------------------------------
+
+    def fork(self) -> Queue:
+        """A copy that can be played ahead: who waits and who holds now, and nobody in the middle of an unload."""
+        fork = Queue(self.catalog, self.policy, self.swap_seconds)
+        fork.stays, fork.look_again_at, fork._seq = dict(self.stays), self.look_again_at, self._seq
+        fork._line = {name: OrderedDict(queued) for name, queued in self._line.items()}
+        fork._holds = {seq: replace(hold) for seq, hold in self._holds.items()}
+        return fork
+
+    @property
+    def line(self) -> Line:
+        return self._line
+
+    def last(self, consumer: str) -> Entry | None:
+        """The one of those who wait for it that everybody else is ahead of."""
+        queued = self._line.get(consumer)
+        return next(reversed(queued.values())) if queued else None
 
     @property
     def holds(self) -> Mapping[int, Hold]:

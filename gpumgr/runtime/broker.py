@@ -3,9 +3,10 @@
 Owns: waiting for an answer, and starting and stopping the threads. Must not: know HTTP, or hold the lock across
 I/O. All state is in state.py, all rules in core.
 
-Threads: ``watchdog`` (ends leases, and lets go whose turn comes with time alone), one ``prepare-N`` per GPU, ``observe-card`` and ``observe-servers`` (so that
-neither a hung driver nor a hung server can delay the watchdog), ``keep-store`` (so that no disk can), one
-``quarantine-NAME`` per lease in quarantine, and the evictor's ``unload-NAME`` for one call each.
+Threads: ``watchdog`` (ends leases, and lets go whose turn comes with time alone), one ``prepare-N`` per GPU,
+``observe-card`` and ``observe-servers`` (so that neither a hung driver nor a hung server can delay the watchdog),
+``keep-store`` (so that no disk can), one ``quarantine-NAME`` per lease in quarantine, and the evictor's ``unload-NAME``
+for one call each.
 """
 
 from __future__ import annotations
@@ -553,7 +554,7 @@ class Broker:
                 return
             self.state.note_used(call.consumer, granted=call.lease_id is None and not call.restoring)
             look = self.state.memory[call.consumer].tail
-            self.state.leave(call.seq, call.consumer)
+            self.state.leave(call.seq, call.consumer, counts=not call.restoring)
             self.state.advance()
             held = round(self.clock.monotonic() - call.began_at, 3)
         if look and not self._looks_at_tails:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gpumgr.core.catalog import GpuRef, overlap
-from gpumgr.core.queue import Hold
+from gpumgr.core.outlook import Why, why
+from gpumgr.core.queue import Hold, WaitingFor
 from gpumgr.errors import PrepareTimeout, SchedulerTimeout
 
 if TYPE_CHECKING:
@@ -29,20 +30,53 @@ def prepare_timeout(state: State, ticket: Ticket) -> PrepareTimeout:
 
 
 def scheduler_timeout(state: State, ticket: Ticket) -> SchedulerTimeout:
-    reason = ticket.waiting_for or state.queue.why(ticket.entry)
+    found = reason_of(state, ticket, state.now())
     holders = [_facts(state, hold) for hold in _waited_for(state, ticket)]
     ahead = state.queue.ahead(ticket.entry)
-    why = f"waiting for {reason}" if ticket.waiting_for is None else ticket.step
+    waits = f"waiting for {found.reason}" if ticket.waiting_for is None else ticket.step
+    said = f": {_quantum_words(state, found)}" if found.until is not None else _said(state, ticket, holders, ahead)
     waited = state.waited(ticket)
     return SchedulerTimeout(
-        f"{ticket.consumer.name} was not granted within {waited:g} s, {why}{_said(state, ticket, holders, ahead)}. "
+        f"{ticket.consumer.name} was not granted within {waited:g} s, {waits}{said}. "
         "Ask again, or with a longer wait_seconds",
         consumer=ticket.consumer.name,
-        waiting_for=reason,
+        waiting_for=found.reason,
         waited_seconds=waited,
         ahead=ahead,
         holders=holders,
+        quantum_ends_at=None if found.until is None else state.shown(found.until),
         in_use=[{"consumer": name, "in_use": state.computing(name)} for name in _computing(state, ticket)],
+    )
+
+
+def reason_of(state: State, ticket: Ticket, now: float) -> Why:
+    if ticket.waiting_for is not None:
+        return Why(ticket.waiting_for)
+    return Why(WaitingFor.PREPARING) if ticket.prepare_limit is not None else why(state.queue, ticket.entry, now)
+
+
+def reason_words(state: State, ticket: Ticket, found: Why) -> str:
+    """One sentence of what it waits for."""
+    if ticket.prepare_limit is not None:
+        return ticket.step
+    if found.until is not None:
+        return _quantum_words(state, found)
+    if state.queue.is_unloading(ticket.consumer.name):
+        return f"{ticket.consumer.name} itself is being unloaded for somebody else"
+    if found.reason is WaitingFor.AHEAD:
+        ahead = state.queue.ahead(ticket.entry)
+        return f"{'1 request is' if ahead == 1 else f'{ahead} requests are'} ahead of it"
+    said = [_words(_facts(state, hold)) for hold in _waited_for(state, ticket)]
+    return "; ".join(said) or "its turn comes"
+
+
+def _quantum_words(state: State, found: Why) -> str:
+    whose, until = ", ".join(found.whose), state.shown(found.until or 0.0)
+    if found.lingers:
+        return f"{whose} usually comes back within a moment, and keeps the GPU for that, until {until} at the latest"
+    return (
+        f"{whose} is on the GPU and keeps its turn until {until} at the latest; what runs then is waited for. So there "
+        "are fewer swaps"
     )
 
 

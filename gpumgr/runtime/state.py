@@ -47,6 +47,8 @@ from gpumgr.runtime.ticket import Ask, Ticket
 log = logging.getLogger(__name__)
 
 EVENTS_KEPT = 200
+HOLDS_KEPT = 20
+"""How long they took tells when those who wait may expect their turn."""
 TAKING = (Phase.PREPARING, Phase.GRANTING, Phase.LIVE)
 """Holds that may still take what they were granted; those on their way out have what they have."""
 SLEPT_SECONDS = 1.0
@@ -90,6 +92,8 @@ class Memory:
     outlasted: bool = False
     """It still computed at the end of its quarantine: what it does for a holder of the past is not waited for again."""
     healthy: bool | None = None
+    hold_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=HOLDS_KEPT))
+    """How long its last leases and calls took."""
     health_error: str | None = None
     checked: float | None = None
     checked_at: datetime | None = None
@@ -161,6 +165,8 @@ class State:
         """Proxied calls that hold their consumer's GPUs, and those that pass under a lease."""
         self.followed: dict[int, Followed] = {}
         """Those of the calls that hold for work which goes on after their answer."""
+        self.granted_at: dict[int, float] = {}
+        """Of each hold that was granted, since when it holds."""
         self.tickets: dict[int, Ticket] = {}
         self.by_request: dict[RequestKey, Ticket] = {}
         self.begun: deque[Ticket] = deque()
@@ -208,11 +214,19 @@ class State:
                 remembered.evictions += total.evictions
                 remembered.last_used_at = remembered.last_used_at or total.last_used_at
         self._use_catalog()
+        for event in kept.events:
+            self._recall_hold(event)
         self.events.extendleft(reversed(kept.events[-EVENTS_KEPT + len(self.events) :]))
         for lease in kept.rebooted:
             facts = {"lease_id": lease.lease_id, "holder": lease.holder, "reason": EndReason.HOST_REBOOT.value}
             self.note("expire", lease.consumer, **facts)
         self.advance(now)  # their turns have begun
+
+    def _recall_hold(self, event: Mapping[str, Any]) -> None:
+        """How long a lease of an earlier life took."""
+        consumer, held = self.memory.get(event.get("consumer") or ""), event.get("held_seconds")
+        if consumer is not None and event.get("type") in ("release", "expire") and isinstance(held, int | float):
+            consumer.hold_seconds.append(float(held))
 
     def _keep_consumer(self, kept: KeptLease) -> None:
         lease = kept.lease
@@ -226,6 +240,7 @@ class State:
     def _restore_lease(self, kept: KeptLease, now: float) -> None:
         lease = kept.lease
         hold = self.queue.restore(lease.consumer, Phase.QUARANTINE if kept.quarantined else Phase.LIVE)
+        self.granted_at[hold.seq] = min(lease.granted_at, now)
         self.memory[lease.consumer].uses += 1
         self.memory[lease.consumer].used_since_unload = True
         granted = replace(self.catalog.consumers[lease.consumer], gpus=lease.gpus, vram_resident_mib=kept.sizes_mib)
@@ -281,6 +296,7 @@ class State:
         """``holds_mib``: what it holds, where it is not on the card yet; None: it is, or nobody knows."""
         consumer = self.catalog.consumers[ticket.consumer.name]
         self._promise(ticket.seq, consumer)
+        self.granted_at[ticket.seq] = self._clock.monotonic()
         now, at = self._clock.monotonic(), rfc3339(self._clock.utc())
         self.ledger.begin_use(consumer, ticket.seq, self._grants(consumer.name) - {ticket.seq}, now, at)
         if holds_mib is not None:
@@ -327,9 +343,13 @@ class State:
 
     # -- coming and going -----------------------------------------------------------------------------------
 
-    def leave(self, seq: int, consumer: str) -> None:
-        """A hold is over. A consumer that was only kept for it goes with it."""
+    def leave(self, seq: int, consumer: str, *, counts: bool = True) -> None:
+        """A hold is over. A consumer that was only kept for it goes with it. ``counts``: how long it took says
+        something about the next ones."""
         self.queue.leave(seq)
+        since = self.granted_at.pop(seq, None)
+        if since is not None and counts:
+            self.memory[consumer].hold_seconds.append(round(self._clock.monotonic() - since, 3))
         if consumer in self._kept and not self.queue.holds_of(consumer):
             del self._kept[consumer]
             if self.catalog.consumers[consumer].retired:
@@ -438,6 +458,7 @@ class State:
         hold = self.queue.holds.get(ticket.seq)
         if hold is not None and hold.phase in (Phase.PREPARING, Phase.GRANTING):
             self.queue.leave(ticket.seq)
+            self.granted_at.pop(ticket.seq, None)
             self._end_stay_of_absent(ticket.consumer.name)
             self.advance()
 
@@ -497,6 +518,7 @@ class State:
         if now >= ticket.deadline and now != ticket.entered_at:
             return False
         self.memory[ticket.consumer.name].uses += 1
+        ticket.began_at = now
         ticket.prepare_limit = now + self._lease.max_prepare_seconds
         ticket.step = "waiting for a preparation thread"
         return True

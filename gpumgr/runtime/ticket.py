@@ -78,6 +78,8 @@ class Ticket:
     callers: list[Caller] = field(default_factory=list)
     answered: bool = False
     """One of its callers was there to take the grant."""
+    began_at: float | None = None
+    """Its turn came."""
     prepare_limit: float | None = None
     """Monotonic; None while it waits in the line."""
     waiting_for: WaitingFor | None = None

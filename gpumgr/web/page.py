@@ -120,6 +120,8 @@ class Waiting:
     until: str
     ends: str
     step: str
+    starts: str
+    """When it may expect its turn."""
 
 
 @dataclass(frozen=True)
@@ -333,7 +335,8 @@ class _Showing:
             waits=span(waiting.get("waiting_seconds")),
             until=words.NOT_KNOWN if left is None else f"{span(left)} more" if left > 0 else "its preparation ends",
             ends=words.clock(waiting.get("deadline_at"), self.now),
-            step=plain(waiting.get("step") or ""),
+            step=plain(waiting.get("reason") or waiting.get("step") or ""),
+            starts=_starts(waiting.get("estimated_wait_seconds")),
         )
 
     # -- consumers and events -------------------------------------------------------------------------------
@@ -494,6 +497,11 @@ def _share(consumer: Facts) -> float | None:
 
 def _truth(value: object, yes: str, no: str, unknown: str) -> str:
     return yes if value is True else no if value is False else unknown
+
+
+def _starts(seconds: object) -> str:
+    found = number(seconds)
+    return words.NOT_KNOWN if found is None else "now" if found < 1 else f"about {span(found, 1)}"
 
 
 def _percent(part: float, of: float) -> float:

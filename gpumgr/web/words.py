@@ -33,6 +33,10 @@ WAITING_FOR = {
         "preparing",
         "the GPU is being prepared, for it or for another one: health, unloading, proof, loading",
     ),
+    "quantum": (
+        "quantum",
+        "whoever is on the GPU keeps its turn for a while, or usually comes back at once: that saves swaps",
+    ),
     "draining": ("draining", "it has its turn, and work that still runs must end before its memory is taken"),
 }
 HOLD = {

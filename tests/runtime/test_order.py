@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gpumgr.config import SchedulingSettings
 from gpumgr.core.ledger import Observation, Unloaded
-from gpumgr.core.quantum import Quantum
+from gpumgr.core.quantum import UNKNOWN_SWAP_SECONDS, Quantum
 from gpumgr.core.queue import Fifo
 from gpumgr.errors import ConsumerUnhealthy
 from gpumgr.runtime.broker import order_of
+from gpumgr.runtime.ports import Kept
+from gpumgr.runtime.snapshot import snapshot
 from tests.worlds import Caller, Calling, World, catalog, consumer, started
 
 CHAT, PAINT = consumer("chat", 9000), consumer("paint", 14000)
@@ -153,3 +157,66 @@ def test_a_lease_of_an_earlier_life_has_the_turn(world: World) -> None:
 def test_where_nothing_is_unloaded_there_are_no_swaps_to_save(scheduling: SchedulingSettings, order: object) -> None:
     found = order_of(scheduling)
     assert found == order or type(found) is order
+
+
+# -- what those who wait are told ---------------------------------------------------------------------------
+
+
+def queue_of(world: World) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = snapshot(world.broker)["queue"]
+    return found
+
+
+def test_status_tells_who_goes_next_and_why_the_others_wait(world: World) -> None:
+    quick_visits(world)
+    token = world.grant("chat", loaded=True, holder="ada").token
+    world.ask("paint", holder="imagen")
+    assert queue_of(world)[0]["reason"].startswith("ada has held chat for 0 s (lease ")
+    chat = world.ask("chat", holder="bob")
+    first, second = queue_of(world)
+    assert [(row["position"], row["holder"], row["waiting_for"]) for row in (first, second)] == [
+        (1, "bob", "holder"),
+        (2, "imagen", "quantum"),
+    ]
+    ends_at = world.broker.state.shown(world.now + QUANTUM)
+    assert second["quantum_ends_at"] == ends_at
+    assert f"chat is on the GPU and keeps its turn until {ends_at} at the latest" in second["reason"]
+    assert first["estimated_wait_seconds"] == 0.0  # its visits took no time
+    assert second["estimated_start_at"] is not None
+    world.broker.release(token)
+    assert goes_on(world, chat)
+    world.pass_time(QUANTUM)
+    (row,) = queue_of(world)
+    assert (row["waiting_for"], row["quantum_ends_at"]) == ("holder", None)
+
+
+def test_a_refusal_tells_of_the_quantum(world: World) -> None:
+    world.grant("chat", loaded=True)
+    paint = world.ask("paint", wait_seconds=5.0)
+    ends_at = world.broker.state.shown(world.now + QUANTUM)
+    world.ask("chat")
+    world.pass_time(5.0)
+    error = paint.error()
+    assert (error.details["waiting_for"], error.details["quantum_ends_at"]) == ("quantum", ends_at)
+    assert "waiting for quantum: chat is on the GPU and keeps its turn until" in error.message
+
+
+def test_nobody_is_given_an_estimate_out_of_nothing(world: World) -> None:
+    lease = world.grant("chat")
+    world.ask("paint")
+    assert [(row["position"], row["estimated_start_at"]) for row in queue_of(world)] == [(1, None)]
+    world.pass_time(7.0)
+    world.broker.release(lease.token)
+    (row,) = queue_of(world)
+    assert (row["waiting_for"], row["estimated_start_at"]) == ("preparing", None), "it was never seen to load"
+    world.prepare()
+    world.ask("chat")
+    world.broker.state.memory["paint"].hold_seconds.append(4.0)
+    (row,) = queue_of(world)
+    assert row["estimated_wait_seconds"] == 4.0 + UNKNOWN_SWAP_SECONDS
+
+
+def test_how_long_leases_took_outlives_the_broker(world: World) -> None:
+    kept = Kept(0, [], [], [], {}, events=[{"type": "release", "consumer": "chat", "held_seconds": 7.5}])
+    world.broker.state.restore(kept)
+    assert list(world.broker.state.memory["chat"].hold_seconds) == [7.5]
