@@ -23,7 +23,7 @@ USUALLY_PERCENT = 80
 """Of the holds that were seen: most are over by then."""
 GUESSED_HOLD_SECONDS = 10.0
 """Where none was seen: for the places of those behind alone."""
-FORESEEN = 200
+FORESEEN = 100
 """Turns that are played ahead. Whoever comes later has a place and no time."""
 
 UsualSeconds = Callable[[str], float | None]

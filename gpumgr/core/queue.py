@@ -266,8 +266,8 @@ class Queue:
         """Of every consumer that had a turn."""
         self.look_again_at: float | None = None
         """The instant at which ``begin`` may find somebody although nobody came or went."""
-        self.policy = policy
-        self.swap_seconds = swap_seconds
+        self._policy = policy
+        self._swap_seconds = swap_seconds
         self._line: dict[str, OrderedDict[int, Entry]] = {}
         self._holds: dict[int, Hold] = {}
         self._unloading: dict[str, int] = {}
@@ -329,7 +329,7 @@ class Queue:
         begun = []
         slots = self._slots()
         self.stays = stays_after(self.stays, self._line, self._holds.values(), self.catalog, now)
-        turns = self.policy.turns(self._line, self._holds.values(), self.catalog, now, self.stays, self.swap_seconds)
+        turns = self._policy.turns(self._line, self._holds.values(), self.catalog, now, self.stays, self._swap_seconds)
         self.look_again_at = turns.look_again_at
         for entry in turns.entries:
             gpus = set(self.catalog.consumers[entry.consumer].gpus)
@@ -385,13 +385,21 @@ class Queue:
 
     # -- questions ----------------------------------------------------------------------------------------
 
-    def fork(self) -> Queue:
+    def fork(self, swap_seconds: SwapSeconds | None = None) -> Queue:
         """A copy that can be played ahead: who waits and who holds now, and nobody in the middle of an unload."""
-        fork = Queue(self.catalog, self.policy, self.swap_seconds)
+        fork = Queue(self.catalog, self._policy, swap_seconds or self._swap_seconds)
         fork.stays, fork.look_again_at, fork._seq = dict(self.stays), self.look_again_at, self._seq
         fork._line = {name: OrderedDict(queued) for name, queued in self._line.items()}
         fork._holds = {seq: replace(hold) for seq, hold in self._holds.items()}
         return fork
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @property
+    def swap_seconds(self) -> SwapSeconds:
+        return self._swap_seconds
 
     @property
     def line(self) -> Line:

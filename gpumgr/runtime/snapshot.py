@@ -16,7 +16,7 @@ from gpumgr.core.outside import Stranger
 from gpumgr.core.placement import Holding
 from gpumgr.core.queue import Hold, Phase
 from gpumgr.runtime.broker import Broker
-from gpumgr.runtime.outlook import outlook
+from gpumgr.runtime.outlook import Outlook
 from gpumgr.runtime.state import State, rfc3339
 
 
@@ -26,7 +26,8 @@ def snapshot(broker: Broker) -> dict[str, Any]:
         now = broker.clock.monotonic()
         holdings = state.holdings(state.reading, {})
         promised = state.promised(state.in_use(), holdings, state.reading)
-        return {
+        waiting = Outlook(state, now)
+        shown = {
             "version": __version__,
             "started_at": rfc3339(broker.started_at) if broker.started_at else None,
             "now": state.shown(now),
@@ -38,9 +39,10 @@ def snapshot(broker: Broker) -> dict[str, Any]:
             "gpus": [_gpu(state, ref, promised.get(ref, 0)) for ref in _refs(state)],
             "consumers": [_consumer(broker, c, holdings) for c in state.catalog.consumers.values() if not c.retired],
             "leases": [_lease(state, lease, now) for lease in state.leases if lease.alive(now)],
-            "queue": outlook(state, now),
+            "queue": [],
             "events": list(state.events),
         }
+    return shown | {"queue": waiting.rows()}
 
 
 def hold_facts(broker: Broker) -> dict[str, Any]:
