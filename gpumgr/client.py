@@ -175,11 +175,13 @@ class Gpu:
         holder: str | None = None,
         request_id: str | None = None,
         holder_pid: int | None = None,
+        priority: str | None = None,
     ) -> HeldLease:
         """Wait for the GPU; renewing is the caller's business (``lease`` does it by itself).
 
         ``holder_pid``: ``os.getpid()`` where this program computes on the card itself, so that what it and its children
-        take counts as this lease's. Not in a container, nor from another machine.
+        take counts as this lease's. Not in a container, nor from another machine. ``priority``: ``interactive``,
+        ``normal`` or ``batch``; without it that of the kind.
 
         A connection that breaks is tried once more under the same ``request_id``, so that no grant is lost.
         Raises: the classes of gpumgr.errors, BrokerUnreachable.
@@ -192,6 +194,7 @@ class Gpu:
             "holder": holder,
             "request_id": request_id or str(uuid.uuid4()),
             "holder_pid": holder_pid,
+            "priority": priority,
         }
         body = {name: value for name, value in wanted.items() if value is not None}
         grant = self.call("POST", "/v1/lease", json=body, seconds=LONGEST_ANSWER_SECONDS)

@@ -39,6 +39,8 @@ def test_every_error_has_its_row(code: str) -> None:
             "max_prepare_seconds",
             "policy",
             "quantum_seconds",
+            "consumer",
+            "priority",
             "mode",
             "connect_timeout_seconds",
             "idle_timeout_seconds",

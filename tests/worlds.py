@@ -25,6 +25,7 @@ from gpumgr.core.following import Work
 from gpumgr.core.lease import Call, EndReason, Lease, RequestKey
 from gpumgr.core.ledger import Account, Entry
 from gpumgr.core.placement import Report
+from gpumgr.core.queue import Priority
 from gpumgr.errors import GpumgrError
 from gpumgr.runtime.broker import Broker, _hung_up
 from gpumgr.runtime.ports import BackendError, BackendReason, Clock, Dialect, Kept, KeptLease, Paused, StoreError, Total
@@ -479,6 +480,7 @@ class Stand:
         gpu: Mapping[str, Any] | None = None,
         rest: Mapping[str, Rest] | None = None,
         policy: str = "quantum",
+        priorities: Mapping[str, Priority] | None = None,
         **lease: float,
     ) -> Settings:
         """Strangers are held at their peak only where ``gpu`` says so."""
@@ -492,6 +494,7 @@ class Stand:
             catalog=self.catalog,
             consumers={},
             rest=rest or {},
+            priorities=priorities or {},
         )
 
 
@@ -513,6 +516,7 @@ class World(Stand):
         gpu: Mapping[str, Any] | None = None,
         rest: Mapping[str, Rest] | None = None,
         policy: str = "quantum",
+        priorities: Mapping[str, Priority] | None = None,
         **lease: float,
     ) -> None:
         """``move`` lets that many seconds pass on ``clock``; with a ManualClock it is known."""
@@ -524,7 +528,7 @@ class World(Stand):
         self.preparations: dict[int, Preparation] = {}
         self.stepping: int | None = None
         self.each_instant: Callable[[], None] = lambda: None
-        self._settings = self.settings(headroom_mib, mode, when_unreadable, gpu, rest, policy, **lease)
+        self._settings = self.settings(headroom_mib, mode, when_unreadable, gpu, rest, policy, priorities, **lease)
         self.broker = self._started_broker()
         if read_first:
             self.broker.observe_card()
@@ -756,7 +760,7 @@ class StartedWorld(Stand):
     ) -> None:
         super().__init__(consumers, totals_mib, clock=SystemClock(), deferred=False)
         self.broker = broker(
-            self.settings(headroom_mib, mode, when_unreadable, gpu, rest, policy, **lease),
+            self.settings(headroom_mib, mode, when_unreadable, gpu, rest, policy, None, **lease),
             self.probe,
             self.dialects,
             self.clock,

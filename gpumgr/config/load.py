@@ -36,6 +36,7 @@ from gpumgr.config.settings import (
 )
 from gpumgr.config.values import Section, StrictLoader
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
+from gpumgr.core.queue import Priority
 
 LOADABLE = frozenset({"vllm", "systemd", "docker"})
 """Dialects with a load call of their own."""
@@ -98,7 +99,8 @@ def _settings(file: Path, document: object, environ: Mapping[str, str], tokens: 
     parsed = [_consumer(name, consumers, environ) for name in consumers.names()]
     if not parsed:
         raise ConfigError("consumers is empty: name at least one service that uses the GPU")
-    catalog = Catalog({c.name: c for c, _ in parsed}, _routing(routing, [c.name for c, _ in parsed]))
+    kinds, priorities = _routing(routing, [c.name for c, _ in parsed])
+    catalog = Catalog({c.name: c for c, _ in parsed}, kinds)
     _require_known_neighbours(catalog)
     _require_mutual(catalog)
     _require_own_origins(s for _, s in parsed)
@@ -107,7 +109,7 @@ def _settings(file: Path, document: object, environ: Mapping[str, str], tokens: 
     rest = {name: consumer.rest for name, consumer in settings.items()}
     _require_ways_back(settings)
     warnings = tuple(_warnings(catalog, settings))
-    return Settings(file, server, gpu, lease, scheduling, catalog, settings, warnings, proxy, rest)
+    return Settings(file, server, gpu, lease, scheduling, catalog, settings, warnings, proxy, rest, priorities)
 
 
 def _server(section: Section, file: Path, environ: Mapping[str, str], tokens: tuple[Token, ...]) -> ServerSettings:
@@ -216,20 +218,31 @@ def _proxy(section: Section) -> ProxySettings:
     return settings
 
 
-def _routing(section: Section, consumers: list[str]) -> dict[str, str]:
-    routing = {}
+def _routing(section: Section, consumers: list[str]) -> tuple[dict[str, str], dict[str, Priority]]:
+    """Where each kind leads, and how urgent it is."""
+    routing, priorities = {}, {}
     for kind in section.names():
         _require_name("routing", "kind", kind)
         if kind in RESERVED_KINDS:
             raise ConfigError(f"routing.{kind}: this name is reserved for gpumgr's own routes: choose another kind")
-        target = section.need(kind, check.text, "")
+        target, priorities[kind] = section.need(kind, _route, "")
         if target not in consumers:
             raise ConfigError(
                 f"routing.{kind} leads to {target!r}, which is not in consumers: "
                 f"choose one of {', '.join(sorted(consumers))}"
             )
         routing[kind] = target
-    return routing
+    return routing, priorities
+
+
+def _route(where: str, value: Any) -> tuple[str, Priority]:
+    if not isinstance(value, dict):
+        return check.text(where, value), Priority.NORMAL
+    section = Section(where, value)
+    target = section.need("consumer", check.text, "write the consumer that this kind leads to")
+    priority = section.take("priority", check.one_of(*Priority), Priority.NORMAL.value)
+    section.done()
+    return target, Priority(priority)
 
 
 def _require_name(where: str, what: str, name: str) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from gpumgr.config.free_paths import FreePath
 from gpumgr.core.catalog import Catalog, GpuRef
+from gpumgr.core.queue import Priority
 
 
 class ConfigError(Exception):
@@ -185,6 +186,8 @@ class Settings:
     proxy: ProxySettings = ProxySettings()
     rest: Mapping[str, Rest] = field(default_factory=dict)
     """Of each consumer, what happens to it while nobody asks for it."""
+    priorities: Mapping[str, Priority] = field(default_factory=dict)
+    """Of each kind, how urgent its requests are where they do not say so themselves."""
 
 
 def origin_of(url: str) -> tuple[str, str, int | None]:

@@ -26,7 +26,7 @@ from gpumgr.core.lease import Call, EndReason, HolderProcess, Lease, Renewed, Re
 from gpumgr.core.outside import Outside
 from gpumgr.core.placement import impossible, insufficient, keeps_out
 from gpumgr.core.quantum import Quantum
-from gpumgr.core.queue import Fifo, Phase, Policy
+from gpumgr.core.queue import Fifo, Phase, Policy, Priority
 from gpumgr.errors import (
     GpumgrError,
     InternalError,
@@ -468,10 +468,13 @@ class Broker:
             raise refusal
         if not ask.restoring:
             self.state.make_way(consumer)
-        ticket = self.state.enter(ask, consumer, now, deadline, proxied=proxied)
+        ticket = self.state.enter(ask, consumer, now, deadline, proxied=proxied, priority=self._priority(ask))
         if not self._lets_pass:
             self.state.advance(now, own=ticket)
         return ticket
+
+    def _priority(self, ask: Ask) -> Priority:
+        return ask.priority or self.settings.priorities.get(ask.kind or "", Priority.NORMAL)
 
     def _refusal_at_once(self, consumer: Consumer) -> Refused | None:
         """What no waiting would mend. An operator's hold counts in every mode."""

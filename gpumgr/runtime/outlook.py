@@ -87,6 +87,7 @@ def _waiting(state: State, ticket: Ticket, now: float) -> _Waiting:
     facts = {
         "consumer": ticket.consumer.name,
         "holder": ticket.holder,
+        "priority": ticket.entry.priority.value,
         "waiting_seconds": round(now - ticket.entered_at, 3),
         "deadline_at": state.shown(ticket.deadline),
         "step": ticket.step,

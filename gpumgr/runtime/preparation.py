@@ -629,6 +629,7 @@ class Preparation:
             "lease_id": lease.lease_id,
             "holder": lease.holder,
             "fence": lease.fence,
+            "priority": self._ticket.entry.priority.value,
             "waited_seconds": self._waited,
             "arrival": lease.seq,
         }

@@ -222,6 +222,7 @@ def _lease(state: State, lease: Lease, now: float) -> dict[str, Any]:
         "expires_at": state.shown(lease.expires_at),
         "ttl_seconds": lease.ttl_seconds,
         "held_seconds": round(now - lease.granted_at, 3),
+        "priority": state.queue.holds[lease.seq].priority.value,
         "yield_requested": state.asked_to_yield(lease) is not None,
         "intruders": sorted(state.intruders_of(lease)),
         "holder_pid": lease.process and lease.process.pid,

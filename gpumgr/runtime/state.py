@@ -37,7 +37,7 @@ from gpumgr.core.placement import (
     keeps_out,
     promised_mib,
 )
-from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
+from gpumgr.core.queue import Phase, Policy, Priority, Queue, WaitingFor
 from gpumgr.errors import GpumgrError, RequestEnded
 from gpumgr.runtime.ledger import Ledger
 from gpumgr.runtime.ports import Clock, Kept, KeptLease, Total
@@ -402,11 +402,20 @@ class State:
 
     # -- tickets --------------------------------------------------------------------------------------------
 
-    def enter(self, ask: Ask, consumer: Consumer, now: float, deadline: float, *, proxied: bool = False) -> Ticket:
-        """A new request at the end of the line."""
+    def enter(
+        self,
+        ask: Ask,
+        consumer: Consumer,
+        now: float,
+        deadline: float,
+        *,
+        proxied: bool = False,
+        priority: Priority = Priority.NORMAL,
+    ) -> Ticket:
+        """A new request, in the line."""
         wanted = self._lease.default_ttl_seconds if ask.ttl_seconds is None else ask.ttl_seconds
         ticket = Ticket(
-            entry=self.queue.enter(consumer.name, now),
+            entry=self.queue.enter(consumer.name, now, priority=priority),
             consumer=consumer,
             holder=ask.holder,
             ttl_seconds=self._lease.clamp_ttl(wanted),
@@ -437,9 +446,12 @@ class State:
         self.settle(ticket, error)
         if ticket.restoring:
             return
-        facts = {"holder": ticket.holder, "code": error.code, "waited_seconds": self.waited(ticket)}
+        facts = {"holder": ticket.holder, "code": error.code, **self._of_request(ticket)}
         self.note("refuse", ticket.consumer.name, **facts)
         log.info("refuse consumer=%s holder=%s code=%s: %s", ticket.consumer.name, ticket.holder, error.code, error)
+
+    def _of_request(self, ticket: Ticket) -> dict[str, Any]:
+        return {"priority": ticket.entry.priority.value, "waited_seconds": self.waited(ticket)}
 
     def withdraw(self, ticket: Ticket) -> None:
         """Nobody waits for it any more; nothing where it has its answer, or is being written down."""
@@ -449,7 +461,7 @@ class State:
             ticket, RequestEnded("this request was withdrawn; its request_id may be used again", reason="withdrawn")
         )
         if not ticket.restoring:
-            self.note("withdraw", ticket.consumer.name, holder=ticket.holder, waited_seconds=self.waited(ticket))
+            self.note("withdraw", ticket.consumer.name, holder=ticket.holder, **self._of_request(ticket))
             log.info("withdraw consumer=%s holder=%s", ticket.consumer.name, ticket.holder)
         self.advance()
 

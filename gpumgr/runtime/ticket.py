@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from gpumgr.core.catalog import Consumer
 from gpumgr.core.lease import Call, HolderProcess, Lease, RequestKey
 from gpumgr.core.placement import Victim
-from gpumgr.core.queue import Entry, WaitingFor
+from gpumgr.core.queue import Entry, Priority, WaitingFor
 from gpumgr.errors import GpumgrError
 
 
@@ -31,6 +31,8 @@ class Ask:
     """Housekeeping's own: the consumer is to be loaded, and nobody holds it afterwards."""
     holder_pid: int | None = None
     """The holder's own process, whose memory its lease is for as well."""
+    priority: Priority | None = None
+    """None: that of its kind."""
 
 
 def _always() -> bool:

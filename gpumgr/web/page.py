@@ -114,6 +114,7 @@ class Waiting:
     position: str
     consumer: str
     holder: str
+    priority: str
     waiting_for: str
     means: str
     waits: str
@@ -330,6 +331,7 @@ class _Showing:
             position=words.known(waiting.get("position")),
             consumer=words.known(waiting.get("consumer")),
             holder=_label(waiting.get("holder")),
+            priority=plain(waiting.get("priority") or "normal"),
             waiting_for=reason,
             means=words.WAITING_FOR.get(reason, ("", ""))[1],
             waits=span(waiting.get("waiting_seconds")),

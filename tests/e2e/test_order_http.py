@@ -20,7 +20,8 @@ WHILE_TWO_WAIT = QUANTUM_SECONDS / 3
 
 @pytest.fixture
 def broker(tmp_path: Path, stage: Stage) -> Iterator[RunningBroker]:
-    config = stage.config() | {"scheduling": {"policy": "quantum", "quantum_seconds": QUANTUM_SECONDS}}
+    config: dict[str, Any] = stage.config() | {"scheduling": {"policy": "quantum", "quantum_seconds": QUANTUM_SECONDS}}
+    config["routing"]["tts"] = {"consumer": "mvoice", "priority": "interactive"}
     with RunningBroker(tmp_path, config) as running:
         yield running
 
@@ -34,10 +35,10 @@ class Asking:
 
     def __init__(self, broker: RunningBroker) -> None:
         self._broker = broker
-        self._pool = ThreadPoolExecutor()
+        self.pool = ThreadPoolExecutor()
 
     def __call__(self, holder: str, **words: Any) -> Future[requests.Response]:
-        asked = self._pool.submit(self._broker.acquire, holder=holder, **words)
+        asked = self.pool.submit(self._broker.acquire, holder=holder, **words)
         until(lambda: holder in waiting(self._broker))
         return asked
 
@@ -60,3 +61,25 @@ def test_the_resident_keeps_its_turn_until_its_quantum_is_over(broker: RunningBr
     assert set(waiting(broker)) == {"late"}
     broker.release(token)
     assert third.result(20).json()["consumer"] == "ollama"
+
+
+def test_how_urgent_a_call_is_comes_with_it_or_with_its_kind(broker: RunningBroker) -> None:
+    """A voice goes ahead of an image that waits already, unless its caller says that it has time."""
+    ask = Asking(broker)
+    token = broker.acquire(kind="image").json()["token"]
+    ask("job", kind="image")
+    said = {"input": "hello"}
+    for headers in ({}, {"X-GPU-Priority": "batch"}):
+        ask.pool.submit(broker.http.post, f"{broker.url}/v1/tts", json=said, headers=headers, timeout=60)
+    until(lambda: len(broker.status()["queue"]) == 3)
+    rows = broker.status()["queue"]
+    assert [(row["consumer"], row["priority"]) for row in rows if row["holder"] is None] == [
+        ("mvoice", "interactive"),
+        ("mvoice", "batch"),
+    ]
+    wrong = broker.http.post(f"{broker.url}/v1/tts", json=said, headers={"X-GPU-Priority": "now"}).json()["error"]
+    assert (wrong["code"], wrong["details"]["field"]) == ("invalid_request", "X-GPU-Priority")
+    broker.release(token)
+    until(lambda: [row["consumer"] for row in broker.status()["leases"]] == ["comfyui"], 20)
+    told = [event for event in broker.status()["events"] if event["type"] == "grant"]
+    assert [event["holder"] for event in told] == [None, "job"]

@@ -9,11 +9,12 @@ import pytest
 from gpumgr.config import SchedulingSettings
 from gpumgr.core.ledger import Observation, Unloaded
 from gpumgr.core.quantum import UNKNOWN_SWAP_SECONDS, Quantum
-from gpumgr.core.queue import Fifo
+from gpumgr.core.queue import Fifo, Priority
 from gpumgr.errors import ConsumerUnhealthy
 from gpumgr.runtime.broker import order_of
 from gpumgr.runtime.ports import Kept
 from gpumgr.runtime.snapshot import snapshot
+from gpumgr.runtime.ticket import Ask
 from tests.worlds import Caller, Calling, World, catalog, consumer, started
 
 CHAT, PAINT = consumer("chat", 9000), consumer("paint", 14000)
@@ -157,6 +158,30 @@ def test_a_lease_of_an_earlier_life_has_the_turn(world: World) -> None:
 def test_where_nothing_is_unloaded_there_are_no_swaps_to_save(scheduling: SchedulingSettings, order: object) -> None:
     found = order_of(scheduling)
     assert found == order or type(found) is order
+
+
+# -- priorities ---------------------------------------------------------------------------------------------
+
+
+def test_who_is_more_urgent_goes_first() -> None:
+    kinds = {"paint": "paint", "voice": "paint"}
+    world = World(catalog(PAINT, **kinds), priorities={"voice": Priority.INTERACTIVE})
+    lease = world.grant("paint")
+    world.ask("paint", holder="job", priority=Priority.BATCH)
+    world.ask("paint", holder="imagen")
+    world.acquire(Ask(kind="voice", holder="ada"))
+    world.acquire(Ask(kind="voice", holder="bob", priority=Priority.NORMAL))
+    assert [(row["holder"], row["priority"]) for row in queue_of(world)] == [
+        ("ada", "interactive"),
+        ("imagen", "normal"),
+        ("bob", "normal"),
+        ("job", "batch"),
+    ]
+    world.broker.release(lease.token)
+    world.prepare()
+    (row,) = snapshot(world.broker)["leases"]
+    assert (row["holder"], row["priority"]) == ("ada", "interactive")
+    assert world.broker.state.events[-1]["priority"] == "interactive"
 
 
 # -- what those who wait are told ---------------------------------------------------------------------------

@@ -113,6 +113,7 @@ def waiting(position: int = 1, waiting_for: str = "holder", holder: str | None =
         "position": position,
         "consumer": "chat",
         "holder": holder,
+        "priority": "interactive",
         "waiting_seconds": 75.0,
         "deadline_at": at(45),
         "waiting_for": waiting_for,
