@@ -173,6 +173,7 @@ def _lease(section: Section) -> LeaseSettings:
         max_wait_seconds=section.take("max_wait_seconds", check.seconds, default.max_wait_seconds),
         max_prepare_seconds=section.take("max_prepare_seconds", check.seconds, default.max_prepare_seconds),
         max_hold_seconds=section.take("max_hold_seconds", check.seconds_or_zero, default.max_hold_seconds),
+        min_hold_seconds=section.take("min_hold_seconds", check.seconds_or_zero, default.min_hold_seconds),
         confirm_seconds=section.take("confirm_seconds", check.seconds_or_zero, default.confirm_seconds),
         quarantine_seconds=section.take("quarantine_seconds", check.seconds_or_zero, default.quarantine_seconds),
     )

@@ -67,6 +67,7 @@ class LeaseSettings:
     max_wait_seconds: float = 600
     max_prepare_seconds: float = 120
     max_hold_seconds: float = 0
+    min_hold_seconds: float = 10
     confirm_seconds: float = 3
     quarantine_seconds: float = 30
 

@@ -661,6 +661,7 @@ class Broker:
         try:
             with self._told_once(token), self.state.lock:
                 lease = self._live(token)
+                self.state.note_yield(lease)
                 self._begin_end(lease)
         except LeaseUnknown:
             return False

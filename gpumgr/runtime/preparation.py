@@ -625,9 +625,11 @@ class Preparation:
 
     def _grant_facts(self, lease: Lease) -> dict[str, Any]:
         """``arrival`` is its number in the queue of this life: it tells who came first."""
+        resumes = self._ticket.resumes
         return {
             "lease_id": lease.lease_id,
             "holder": lease.holder,
+            **({} if resumes is None else {"resumes": resumes}),
             "fence": lease.fence,
             "priority": self._ticket.entry.priority.value,
             "waited_seconds": self._waited,

@@ -212,6 +212,7 @@ def _proxied(state: State, hold: Hold) -> bool:
 
 
 def _lease(state: State, lease: Lease, now: float) -> dict[str, Any]:
+    to = state.asked_to_yield(lease)
     return {
         "lease_id": lease.lease_id,
         "token": lease.token,
@@ -223,7 +224,8 @@ def _lease(state: State, lease: Lease, now: float) -> dict[str, Any]:
         "ttl_seconds": lease.ttl_seconds,
         "held_seconds": round(now - lease.granted_at, 3),
         "priority": state.queue.holds[lease.seq].priority.value,
-        "yield_requested": state.asked_to_yield(lease) is not None,
+        "yield_requested": to is not None,
+        "yield_reason": None if to is None else to.words,
         "intruders": sorted(state.intruders_of(lease)),
         "holder_pid": lease.process and lease.process.pid,
     }

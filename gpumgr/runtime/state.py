@@ -19,7 +19,7 @@ from gpumgr.config import LeaseSettings
 from gpumgr.core.card import GpuProcess, GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
 from gpumgr.core.following import Followed
-from gpumgr.core.lease import Call, EndReason, Lease, LeaseBook, RequestKey
+from gpumgr.core.lease import Call, Claim, EndReason, Lease, LeaseBook, RequestKey
 from gpumgr.core.ledger import Sight, keeping_promises, sized
 from gpumgr.core.outside import Game, Outside, Pause
 from gpumgr.core.placement import (
@@ -38,11 +38,13 @@ from gpumgr.core.placement import (
     promised_mib,
 )
 from gpumgr.core.queue import Phase, Policy, Priority, Queue, WaitingFor
+from gpumgr.core.resuming import Resuming
+from gpumgr.core.yielding import YieldReason, yield_request
 from gpumgr.errors import GpumgrError, RequestEnded
 from gpumgr.runtime.ledger import Ledger
 from gpumgr.runtime.ports import Clock, Kept, KeptLease, Total
 from gpumgr.runtime.refusals import scheduler_timeout
-from gpumgr.runtime.ticket import Ask, Ticket
+from gpumgr.runtime.ticket import Ask, Ticket, Wish
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +141,7 @@ class State:
         self.ledger = Ledger()
         self.queue = Queue(catalog, policy, self.ledger.pair_seconds)
         self.leases = LeaseBook()
+        self.resuming = Resuming()
         self.quarantines: dict[int, Quarantine] = {}
         """By hold."""
         self.store_error: str | None = None
@@ -413,9 +416,10 @@ class State:
         priority: Priority = Priority.NORMAL,
     ) -> Ticket:
         """A new request, in the line."""
+        behind = self.resuming.resume(ask.resume_of, consumer.name, now)
         wanted = self._lease.default_ttl_seconds if ask.ttl_seconds is None else ask.ttl_seconds
         ticket = Ticket(
-            entry=self.queue.enter(consumer.name, now, priority=priority),
+            entry=self.queue.enter(consumer.name, now, priority=priority, behind=behind),
             consumer=consumer,
             holder=ask.holder,
             ttl_seconds=self._lease.clamp_ttl(wanted),
@@ -427,6 +431,7 @@ class State:
             stirred=threading.Condition(self.lock),
             proxied=proxied,
             restoring=ask.restoring,
+            resumes=None if behind is None else ask.resume_of,
         )
         self.tickets[ticket.seq] = ticket
         if ask.request is not None:
@@ -858,9 +863,34 @@ class State:
         """As the last reading shows them."""
         return self.intruders.get(lease.seq, frozenset())
 
-    def asked_to_yield(self, lease: Lease) -> Pause | Game | None:
+    def asked_to_yield(self, lease: Lease) -> Claim | None:
         """To whom its holder is asked to leave the card."""
-        return self.outside.closed(lease.gpus, self._clock.monotonic())
+        return self.outside.closed(lease.gpus, self._clock.monotonic()) or self.wish(lease)
+
+    def wish(self, lease: Lease) -> Wish | None:
+        """The request that its holder is asked to yield to (core/yielding.py)."""
+        hold, now = self.queue.holds.get(lease.seq), self._clock.monotonic()
+        if hold is None or hold.phase is not Phase.LIVE or not self.queue.line:
+            return None
+        after = self.queue.next_without(hold, now)
+        found = yield_request(hold, self.granted_at[hold.seq], self._lease.min_hold_seconds, after, now)
+        if found is None:
+            return None
+        to = self.tickets[found.to.seq]
+        who = (
+            f"{to.holder or 'a request without a label'} waits for {to.consumer.name} since {self.shown(to.entered_at)}"
+        )
+        why = {
+            YieldReason.PRIORITY: f"and is more urgent ({to.entry.priority} before {hold.priority})",
+            YieldReason.QUANTUM: f"and the turn of {lease.consumer} is over",
+        }
+        return Wish(found.reason.value, f"{who}, {why[found.reason]}", self.shown(found.since), to.seq)
+
+    def note_yield(self, lease: Lease) -> None:
+        """It is given back. Where somebody is waited for, its holder may come back behind that one."""
+        wish = self.wish(lease)
+        if wish is not None:
+            self.resuming.yielded(lease.lease_id, lease.consumer, wish.seq, self._clock.monotonic())
 
     def _lower_leftovers(self, reading: Reading) -> None:
         """An unload is proved while memory is still falling: what stays is the least that is seen afterwards."""

@@ -33,6 +33,8 @@ class Ask:
     """The holder's own process, whose memory its lease is for as well."""
     priority: Priority | None = None
     """None: that of its kind."""
+    resume_of: str | None = None
+    """The lease_id of a lease that was given back when it was asked to yield."""
 
 
 def _always() -> bool:
@@ -41,6 +43,16 @@ def _always() -> bool:
 
 def _nothing() -> None:
     pass
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A request that a holder is asked to yield to."""
+
+    cause: str
+    words: str
+    since_at: str
+    seq: int
 
 
 @dataclass(eq=False, slots=True)
@@ -77,6 +89,8 @@ class Ticket:
     proxied: bool = False
     """A call that ends by itself, not a lease."""
     restoring: bool = False
+    resumes: str | None = None
+    """The lease_id of the one that has yielded, and comes back with it."""
     callers: list[Caller] = field(default_factory=list)
     answered: bool = False
     """One of its callers was there to take the grant."""

@@ -275,7 +275,10 @@ def _refused(would: str, facts: _Left) -> str:
 EVENTS: dict[str, Callable[[_Left], str]] = {
     "start": _start,
     "stop": lambda _: "gpumgr stopped",
-    "grant": lambda facts: f"granted to {_who(facts)}{_urgent(facts)}{_after(facts, 'waited_seconds')}",
+    "grant": lambda facts: (
+        f"granted to {_who(facts)}{_urgent(facts)}{_after(facts, 'waited_seconds')}"
+        f"{_with(', who had made way with lease ', facts, 'resumes')}"
+    ),
     "release": lambda facts: f"released by {_who(facts)}{_after(facts, 'held_seconds')}",
     "expire": lambda facts: f"the lease of {_who(facts)} expired{_after(facts, 'held_seconds')}",
     "revoke": _revoke,

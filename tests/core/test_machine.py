@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 
 from gpumgr.core.card import Reading
 from gpumgr.core.lease import Call, Lease, RequestKey
-from gpumgr.core.queue import WaitingFor
+from gpumgr.core.queue import Priority, WaitingFor
 from gpumgr.errors import (
     ConsumerUnhealthy,
     EvictionFailed,
@@ -68,6 +68,7 @@ from tests.core.model import (
 )
 from tests.worlds import HEADROOM_MIB, Caller, HadIt, Service, World, catalog, consumer, request
 
+HEAD_START = 120.0
 KEEP_UP = st.sampled_from([True, True, False])
 PICK = st.integers(0, 99)
 
@@ -235,10 +236,21 @@ class BrokerMachine(RuleBasedStateMachine):
         key, name = known[-1 - pick % len(known)]
         self.ask(name, None, wait, key, True)
 
-    def ask(self, name: str, ttl: float | None, wait: float, key: RequestKey | None, eager: bool) -> None:
+    def ask(
+        self,
+        name: str,
+        ttl: float | None,
+        wait: float,
+        key: RequestKey | None,
+        eager: bool,
+        *,
+        priority: Priority = Priority.NORMAL,
+        resume_of: str | None = None,
+    ) -> None:
         expected = self.expected_of(key, name)
         self.notice_expiry()
-        answer = self.answer_at_once(Ask(consumer=name, ttl_seconds=ttl, wait_seconds=wait, request=key))
+        words: dict[str, Any] = {"priority": priority, "resume_of": resume_of}
+        answer = self.answer_at_once(Ask(consumer=name, ttl_seconds=ttl, wait_seconds=wait, request=key, **words))
         self.follow()  # whoever asks lets the broker notice what has expired
         if not isinstance(answer, Caller):
             assert answer == (expected.token if isinstance(expected, Held) else expected), "not what the id leads to"
@@ -248,7 +260,9 @@ class BrokerMachine(RuleBasedStateMachine):
             assert answer.ticket.seq == expected.seq, "one request, two places in the line"
         else:
             clamped = 120.0 if ttl is None else min(max(ttl, 10.0), 600.0)
-            self.enter(Wanted(answer.ticket.seq, name, clamped, key, eager))
+            counts_from = self.now + HEAD_START * list(Priority).index(priority)
+            resumes = answer.ticket.resumes is not None
+            self.enter(Wanted(answer.ticket.seq, name, clamped, key, eager, counts_from=counts_from, resumes=resumes))
         self.join(answer, wait)
 
     def ask_call(self, name: str, wait: float, eager: bool) -> None:
@@ -261,7 +275,8 @@ class BrokerMachine(RuleBasedStateMachine):
             return
         assert not self.kept_free(), "let in while the card is kept free"
         self.follow()
-        self.enter(Wanted(caller.ticket.seq, name, 0.0, None, eager, proxied=True))
+        counts_from = self.now + HEAD_START
+        self.enter(Wanted(caller.ticket.seq, name, 0.0, None, eager, proxied=True, counts_from=counts_from))
         self.join(caller, wait)
 
     def enter(self, wanted: Wanted) -> None:
@@ -1095,8 +1110,35 @@ class QuantumMachine(BrokerMachine):
         return self.world.broker.state.queue.look_again_at
 
     def overtaken(self, wanted: Wanted, other: Wanted) -> bool:
-        """Of one consumer it is still first come, first served."""
-        return wanted.name == other.name
+        """Of one consumer and class it is still first come, first served."""
+        later = wanted.counts_from >= other.counts_from and not wanted.resumes
+        return wanted.name == other.name and later
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        priority=st.sampled_from(Priority),
+        wait=st.sampled_from([120, 5, 0]),
+        keep_up=KEEP_UP,
+    )
+    def acquire_by_class(self, name: str, priority: Priority, wait: float, keep_up: bool) -> None:
+        self.ask(name, None, wait, None, True, priority=priority)
+        self.let_threads_run(keep_up)
+
+    @precondition(lambda self: any(held.alive(self.now) for held in self.held))
+    @rule(pick=PICK, at_once=st.booleans(), keep_up=KEEP_UP)
+    def make_way(self, pick: int, at_once: bool, keep_up: bool) -> None:
+        """Where its holder is asked to, and comes back, when the other one has it or before."""
+        alive = [held for held in self.held if held.alive(self.now)]
+        held = alive[pick % len(alive)]
+        wish = self.world.broker.state.wish(self.world.broker.lease(held.token))
+        lease_id = self.world.broker.lease(held.token).lease_id
+        if wish is not None:
+            assert wish.seq in [wanted.seq for wanted in self.waiting()], "asked to yield to nobody who waits"
+            self.end_lease(held, goes_on=False)
+            assert wish.seq in self.world.broker.state.queue.holds, "it made way, and the other one does not go"
+            self.let_threads_run(not at_once)
+            self.ask(held.name, held.ttl, 120, None, True, resume_of=lease_id)
+        self.let_threads_run(keep_up)
 
     @invariant()
     def nobody_who_may_go_is_left_waiting(self) -> None:
@@ -1117,7 +1159,7 @@ class QuantumMachine(BrokerMachine):
 
 
 MACHINE = settings(
-    max_examples=250,
+    max_examples=200,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],

@@ -121,6 +121,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBroker]:
         ({"kind": "image", "ttl_seconds": True}, 400, "invalid_request"),
         ({"kind": "image", "priority": "high"}, 400, "invalid_request"),
         ({"kind": "image", "priority": None}, 400, "invalid_request"),
+        ({"kind": "image", "resume_of": ""}, 400, "invalid_request"),
+        ({"kind": "image", "resume_of": 7}, 400, "invalid_request"),
         ({"kind": "image", "priority": ["batch"]}, 400, "invalid_request"),
         ({"kind": "image", "ttl_seconds": 0}, 400, "invalid_request"),
         ({"kind": "image", "ttl_seconds": "60"}, 400, "invalid_request"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import requests
 
+from gpumgr.client import Gpu
 from gpumgr.sim.stage import Stage
 from tests.brokers import RunningBroker
 from tests.waiting import until
@@ -21,6 +22,7 @@ WHILE_TWO_WAIT = QUANTUM_SECONDS / 3
 @pytest.fixture
 def broker(tmp_path: Path, stage: Stage) -> Iterator[RunningBroker]:
     config: dict[str, Any] = stage.config() | {"scheduling": {"policy": "quantum", "quantum_seconds": QUANTUM_SECONDS}}
+    config["lease"] = config.get("lease", {}) | {"min_hold_seconds": 0}
     config["routing"]["tts"] = {"consumer": "mvoice", "priority": "interactive"}
     with RunningBroker(tmp_path, config) as running:
         yield running
@@ -83,3 +85,25 @@ def test_how_urgent_a_call_is_comes_with_it_or_with_its_kind(broker: RunningBrok
     until(lambda: [row["consumer"] for row in broker.status()["leases"]] == ["comfyui"], 20)
     told = [event for event in broker.status()["events"] if event["type"] == "grant"]
     assert [event["holder"] for event in told] == [None, "job"]
+
+
+def test_a_holder_makes_way_between_two_steps_and_comes_back(broker: RunningBroker) -> None:
+    ask = Asking(broker)
+    with Gpu(broker.url) as gpu, gpu.lease("image", holder="job", priority="batch") as lease:
+        assert lease.yield_turn(0.0) is False, "nobody waits"
+        first = lease.grant["lease_id"]
+        voice = ask("ada", kind="tts")
+        answer = lease.renew()
+        assert (answer["yield_requested"], answer["yield_cause"]) == (True, "priority")
+        assert "ada waits for mvoice" in answer["yield_reason"]
+        given = ask.pool.submit(lease.yield_turn)
+        token = token_of(voice)
+        until(lambda: "job" in waiting(broker))
+        ask("late", kind="image")
+        broker.release(token)
+        assert given.result(20) is True
+        assert not lease.should_yield
+        lease.check()
+        assert set(waiting(broker)) == {"late"}
+        assert lease.grant["lease_id"] != first
+    until(lambda: [row["holder"] for row in broker.status()["leases"]] == ["late"], 20)

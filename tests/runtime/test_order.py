@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from gpumgr.config import SchedulingSettings
+from gpumgr.core.lease import Lease
 from gpumgr.core.ledger import Observation, Unloaded
 from gpumgr.core.quantum import UNKNOWN_SWAP_SECONDS, Quantum
 from gpumgr.core.queue import Fifo, Priority
+from gpumgr.core.resuming import KEPT, Resuming
 from gpumgr.errors import ConsumerUnhealthy
 from gpumgr.runtime.broker import order_of
 from gpumgr.runtime.ports import Kept
@@ -182,6 +184,87 @@ def test_who_is_more_urgent_goes_first() -> None:
     (row,) = snapshot(world.broker)["leases"]
     assert (row["holder"], row["priority"]) == ("ada", "interactive")
     assert world.broker.state.events[-1]["priority"] == "interactive"
+
+
+# -- making way ---------------------------------------------------------------------------------------------
+
+
+def claim_of(world: World, lease: Lease) -> tuple[str, str, str] | None:
+    to = world.broker.renew(lease.token, None).yield_to
+    return None if to is None else (to.cause, to.words, to.since_at)
+
+
+def test_a_holder_is_asked_to_yield_to_who_is_more_urgent_when_it_has_held_for_a_while(world: World) -> None:
+    lease = world.grant("chat", loaded=True)
+    world.ask("paint", holder="imagen")
+    ada = world.ask("paint", holder="ada", priority=Priority.INTERACTIVE)
+    since = world.broker.state.shown(world.now)
+    assert claim_of(world, lease) is None
+    world.pass_time(10)
+    because = f"ada waits for paint since {since}, and is more urgent (interactive before normal)"
+    assert claim_of(world, lease) == ("priority", because, world.broker.state.shown(world.now))
+    (row,) = snapshot(world.broker)["leases"]
+    assert (row["yield_requested"], row["yield_reason"]) == (True, because)
+    world.hang_up(ada)
+    assert claim_of(world, lease) is None
+
+
+def test_and_when_its_quantum_is_over(world: World) -> None:
+    lease = world.grant("chat", loaded=True)
+    world.ask("paint")
+    ends_at = world.broker.state.shown(world.now + QUANTUM)
+    world.pass_time(QUANTUM - 0.1)
+    assert claim_of(world, lease) is None
+    world.pass_time(0.1)
+    cause, because, since_at = claim_of(world, lease) or ("", "", "")
+    assert (cause, since_at) == ("quantum", ends_at)
+    assert because.endswith("and the turn of chat is over")
+    world.broker.release(lease.token)
+    assert len(world.broker.state.resuming) == 1
+
+
+def test_who_made_way_comes_back_directly_behind_that_one(world: World) -> None:
+    lease = world.grant("chat", loaded=True, priority=Priority.BATCH)
+    ada = world.ask("paint", holder="ada")
+    world.pass_time(10)
+    world.broker.release(lease.token)
+    token = goes_on(world, ada)
+    world.ask("chat", holder="since then")
+    back = world.ask("chat", holder="back", priority=Priority.BATCH, resume_of=lease.lease_id)
+    world.ask("chat", holder="again", priority=Priority.BATCH, resume_of=lease.lease_id)
+    assert [row["holder"] for row in queue_of(world)] == ["back", "since then", "again"]
+    world.broker.release(token)
+    goes_on(world, back)
+    assert world.broker.state.events[-1]["resumes"] == lease.lease_id
+
+
+@pytest.mark.parametrize("why_not", ["never heard of", "another consumer", "too late", "nobody waited", "expired"])
+def test_otherwise_it_is_a_request_like_any(world: World, why_not: str) -> None:
+    lease = world.grant("chat", loaded=True, priority=Priority.BATCH)
+    if why_not != "nobody waited":
+        world.ask("paint", holder="ada", wait_seconds=600)
+    world.pass_time(10)
+    if why_not == "expired":
+        world.pass_time(120, watchdog=True)
+    else:
+        world.broker.release(lease.token)
+    world.prepare()
+    if why_not == "too late":
+        world.pass_time(600)
+    name = "paint" if why_not == "another consumer" else "chat"
+    lease_id = "0" * 10 if why_not == "never heard of" else lease.lease_id
+    world.ask(name, holder="since then")
+    world.ask(name, holder="back", priority=Priority.BATCH, resume_of=lease_id)
+    assert [row["holder"] for row in queue_of(world)][-2:] == ["since then", "back"]
+
+
+def test_no_more_of_those_who_made_way_are_remembered_than_may_be() -> None:
+    resuming = Resuming()
+    for number in range(KEPT + 5):
+        resuming.yielded(str(number), "chat", number, 0.0)
+    assert len(resuming) == KEPT
+    assert resuming.resume("4", "chat", 1.0) is None
+    assert resuming.resume("5", "chat", 1.0) == 5
 
 
 # -- what those who wait are told ---------------------------------------------------------------------------
