@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--kind", help="such as image")
     job.add_argument("--holder", help="a label for status (default: the program's name)")
     job.add_argument("--wait", type=float, metavar="SECONDS", help="how long to wait for the GPU")
+    job.add_argument(
+        "--priority", choices=("interactive", "normal", "batch"), help="how urgent it is (default: its kind's)"
+    )
     job.add_argument("--ttl", type=float, metavar="SECONDS", help="of the lease, which is renewed while it runs")
     job.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ...", help="what to run")
     story = commands.add_parser("demo", help="play the main job on a simulated card, then stay up until Ctrl-C")
@@ -148,6 +151,7 @@ def under_lease(chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     if not program:
         parser.error("name the program to run after --, such as: gpumgr run --consumer batch -- python train.py")
     wanted = {"consumer": chosen.consumer, "kind": chosen.kind, "ttl_seconds": chosen.ttl, "wait_seconds": chosen.wait}
+    wanted["priority"] = chosen.priority
     return run.under_lease(program, chosen.url, holder=chosen.holder or Path(program[0]).name, **wanted)
 
 

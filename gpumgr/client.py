@@ -5,6 +5,7 @@
     with Gpu("http://127.0.0.1:8770").lease("image", holder="imagen") as lease:
         for step in job:
             lease.check()              # raises LeaseLost instead of working on somebody else's GPU
+            lease.yield_turn()         # where somebody more urgent waits: gives the GPU away, and waits to have it back
             run(step, lease.url)
 
 What it promises: the lease is renewed from a thread of its own each third of its TTL; a renew that fails is tried
@@ -32,6 +33,8 @@ TOKEN_VARIABLE = "GPUMGR_TOKEN"  # noqa: S105 - where it is, not what
 CALL_SECONDS = 10.0
 LONGEST_ANSWER_SECONDS = 1500.0
 RETRY_SECONDS = 1.0
+YIELD_TOLD_WITHIN_SECONDS = 2.0
+"""A renew each third of a TTL is too seldom for somebody who waits, one each step too often where steps are short."""
 BROKEN_CONNECTION = (
     requests.ConnectionError,
     requests.exceptions.ChunkedEncodingError,
@@ -57,8 +60,11 @@ class HeldLease:
     grant: dict[str, Any]
     expires: float
     yield_reason: str | None = None
-    """Who asks for the card, as the last renew told: an operator, or a game. Nothing forces a holder: one that can stop
-    between two steps releases and acquires anew."""
+    """Who asks for the card, as the last renew told: an operator, a game, or a request that is more urgent or waits for
+    longer than a turn. Nothing forces a holder: one that can stop between two steps does so with ``yield_turn``."""
+    wanted: dict[str, Any] = field(default_factory=dict)
+    """What it was asked with."""
+    _told_at: float = field(default_factory=time.monotonic)
     _lost: str | None = None
     _ended: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -104,9 +110,36 @@ class HeldLease:
             self._lost = "the broker does not know it any more"
             raise LeaseLost(f"the lease of {self.grant['consumer']} is lost: {self._lost}") from None
         self.grant |= {"ttl_seconds": answer["ttl_seconds"], "expires_at": answer["expires_at"]}
-        self.yield_reason = answer.get("yield_reason")
+        self.yield_reason, self._told_at = answer.get("yield_reason"), sent
         self.expires = sent + float(answer["ttl_seconds"])
         return answer
+
+    @property
+    def should_yield(self) -> bool:
+        """As the last renew told."""
+        return self.yield_reason is not None
+
+    def yield_turn(self, told_within_seconds: float = YIELD_TOLD_WITHIN_SECONDS) -> bool:
+        """Between two steps: where somebody is waited for, release, and wait to have the GPU back, directly behind that
+        one. Whether it was given away: then what was loaded may have been unloaded, and token and fence are new.
+        ``told_within_seconds``: the broker is asked where its last word is older.
+
+        Raises: LeaseLost; as ``acquire`` where it does not come back (GpuYielded: an operator or a game has the card):
+        then there is no lease any more.
+        """
+        self.check()
+        if time.monotonic() - self._told_at >= told_within_seconds:
+            self.renew()
+        if not self.should_yield:
+            return False
+        kept = self._thread is not None
+        self.release()
+        again = self.gpu.acquire(**self.wanted, resume_of=self.grant["lease_id"])
+        self.grant, self.expires, self.yield_reason, self._told_at = again.grant, again.expires, None, again._told_at
+        self._lost, self._ended = None, threading.Event()
+        if kept:
+            self.keep()
+        return True
 
     def keep(self) -> Self:
         """Renew from a thread of its own from now on."""
@@ -175,11 +208,15 @@ class Gpu:
         holder: str | None = None,
         request_id: str | None = None,
         holder_pid: int | None = None,
+        priority: str | None = None,
+        resume_of: str | None = None,
     ) -> HeldLease:
         """Wait for the GPU; renewing is the caller's business (``lease`` does it by itself).
 
         ``holder_pid``: ``os.getpid()`` where this program computes on the card itself, so that what it and its children
-        take counts as this lease's. Not in a container, nor from another machine.
+        take counts as this lease's. Not in a container, nor from another machine. ``priority``: ``interactive``,
+        ``normal`` or ``batch``; without it that of the kind. ``resume_of``: the ``lease_id`` of a lease that was
+        released when it was asked to yield: this request comes directly behind the one that it yielded to.
 
         A connection that breaks is tried once more under the same ``request_id``, so that no grant is lost.
         Raises: the classes of gpumgr.errors, BrokerUnreachable.
@@ -192,10 +229,13 @@ class Gpu:
             "holder": holder,
             "request_id": request_id or str(uuid.uuid4()),
             "holder_pid": holder_pid,
+            "priority": priority,
+            "resume_of": resume_of,
         }
+        again = {name: value for name, value in wanted.items() if name not in ("request_id", "resume_of")}
         body = {name: value for name, value in wanted.items() if value is not None}
         grant = self.call("POST", "/v1/lease", json=body, seconds=LONGEST_ANSWER_SECONDS)
-        return HeldLease(self, grant, time.monotonic() + float(grant["ttl_seconds"]))
+        return HeldLease(self, grant, time.monotonic() + float(grant["ttl_seconds"]), wanted=again)
 
     def lease(self, kind: str | None = None, **options: Any) -> HeldLease:
         """``acquire`` and keep renewed; for ``with``, which releases."""

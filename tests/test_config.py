@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from gpumgr import cli, config
+from gpumgr.core.queue import Priority
 from tests.brokers import ROOT
 
 BASE: dict[str, Any] = {
@@ -71,6 +72,13 @@ def test_defaults(tmp_path: Path) -> None:
     assert (settings.gpu.probe, settings.gpu.headroom_mib) == ("nvml", 512)
 
 
+def test_a_kind_may_say_how_urgent_it_is(tmp_path: Path) -> None:
+    stt = {"consumer": "whisper", "priority": "interactive"}
+    settings = config.load_file(written(tmp_path, {"routing.stt": stt}))
+    assert settings.catalog.routing["stt"] == "whisper"
+    assert settings.priorities == {"image": Priority.NORMAL, "stt": Priority.INTERACTIVE}
+
+
 def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
     settings = config.load_file(ROOT / "config" / "consumers.yaml")
     assert settings.warnings == ()
@@ -129,13 +137,27 @@ def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
         ({"lease.max_ttl_seconds": 10**400}, ["lease.max_ttl_seconds", "finite"]),
         ({"lease.max_ttl_seconds": "600s"}, ["lease.max_ttl_seconds", "without a unit"]),
         ({"server.bind": "127.0.0.1:²"}, ["server.bind"]),
-        ({"scheduling.policy": "lifo"}, ["scheduling.policy", "fifo"]),
+        ({"scheduling.policy": "lifo"}, ["scheduling.policy", "quantum, fifo"]),
+        ({"scheduling.quantum_seconds": "long"}, ["scheduling.quantum_seconds", "or auto"]),
+        ({"scheduling.quantum_seconds": 0}, ["scheduling.quantum_seconds", "more than 0"]),
+        (
+            {"scheduling.policy": "fifo", "scheduling.quantum_seconds": 30},
+            ["scheduling.quantum_seconds needs scheduling.policy: quantum"],
+        ),
         ({"scheduling.mode": "observe"}, ["scheduling.mode", "evicting, locked, passthrough"]),
         ({"gpu.when_unreadable": "believe"}, ["gpu.when_unreadable", "refuse, declared"]),
         ({"proxy.idle_timeout_seconds": 0}, ["proxy.idle_timeout_seconds", "more than 0"]),
         ({"proxy.stall_timeout_seconds": 200_000}, ["proxy.stall_timeout_seconds", "at most 86400"]),
         ({"proxy.timeout": 5}, ["proxy.timeout", "not a known key"]),
         ({"routing.video": "nobody"}, ["routing.video", "'nobody'", "comfyui, whisper"]),
+        ({"routing.stt": {"priority": "batch"}}, ["routing.stt.consumer is missing", "write the consumer"]),
+        (
+            {"routing.stt": {"consumer": "whisper", "priority": "high"}},
+            ["routing.stt.priority", "interactive, normal, batch"],
+        ),
+        ({"routing.stt": {"consumer": "whisper", "urgent": 1}}, ["routing.stt.urgent is not a known key"]),
+        ({"routing.stt": {"consumer": "nobody"}}, ["routing.stt leads to 'nobody'"]),
+        ({"consumers.whisper.headers": {"X-GPU-Priority": "batch"}}, ["consumers.whisper.headers", "remove it"]),
         ({"routing.models": "comfyui"}, ["routing.models", "reserved"]),
         ({"routing.Image": "comfyui"}, ["routing.Image", "rename"]),
         ({"consumers.comfyui.url": None}, ["consumers.comfyui.url is missing"]),

@@ -25,6 +25,7 @@ from gpumgr.core.following import Work
 from gpumgr.core.lease import Call, EndReason, Lease, RequestKey
 from gpumgr.core.ledger import Account, Entry
 from gpumgr.core.placement import Report
+from gpumgr.core.queue import Priority
 from gpumgr.errors import GpumgrError
 from gpumgr.runtime.broker import Broker, _hung_up
 from gpumgr.runtime.ports import BackendError, BackendReason, Clock, Dialect, Kept, KeptLease, Paused, StoreError, Total
@@ -478,6 +479,8 @@ class Stand:
         when_unreadable: str = "refuse",
         gpu: Mapping[str, Any] | None = None,
         rest: Mapping[str, Rest] | None = None,
+        policy: str = "quantum",
+        priorities: Mapping[str, Priority] | None = None,
         **lease: float,
     ) -> Settings:
         """Strangers are held at their peak only where ``gpu`` says so."""
@@ -487,10 +490,11 @@ class Stand:
             server=ServerSettings(),
             gpu=GpuSettings(probe="simulated", headroom_mib=headroom_mib, when_unreadable=when_unreadable, **more),
             lease=LeaseSettings(**lease),
-            scheduling=SchedulingSettings(mode=mode),
+            scheduling=SchedulingSettings(policy, mode),
             catalog=self.catalog,
             consumers={},
             rest=rest or {},
+            priorities=priorities or {},
         )
 
 
@@ -511,6 +515,8 @@ class World(Stand):
         read_first: bool = True,
         gpu: Mapping[str, Any] | None = None,
         rest: Mapping[str, Rest] | None = None,
+        policy: str = "quantum",
+        priorities: Mapping[str, Priority] | None = None,
         **lease: float,
     ) -> None:
         """``move`` lets that many seconds pass on ``clock``; with a ManualClock it is known."""
@@ -522,7 +528,7 @@ class World(Stand):
         self.preparations: dict[int, Preparation] = {}
         self.stepping: int | None = None
         self.each_instant: Callable[[], None] = lambda: None
-        self._settings = self.settings(headroom_mib, mode, when_unreadable, gpu, rest, **lease)
+        self._settings = self.settings(headroom_mib, mode, when_unreadable, gpu, rest, policy, priorities, **lease)
         self.broker = self._started_broker()
         if read_first:
             self.broker.observe_card()
@@ -661,6 +667,8 @@ class World(Stand):
         instants = [limit for limit in limits if limit is not None]
         if watchdog:
             instants += [lease.expires_at for lease in self.broker.state.leases]
+            again = self.broker.state.queue.look_again_at
+            instants += [] if again is None else [again]
         return min((instant for instant in instants if instant > self.now), default=None)
 
     # -- preparations ---------------------------------------------------------------------------------------
@@ -747,11 +755,12 @@ class StartedWorld(Stand):
         when_unreadable: str = "refuse",
         gpu: Mapping[str, Any] | None = None,
         rest: Mapping[str, Rest] | None = None,
+        policy: str = "quantum",
         **lease: float,
     ) -> None:
         super().__init__(consumers, totals_mib, clock=SystemClock(), deferred=False)
         self.broker = broker(
-            self.settings(headroom_mib, mode, when_unreadable, gpu, rest, **lease),
+            self.settings(headroom_mib, mode, when_unreadable, gpu, rest, policy, None, **lease),
             self.probe,
             self.dialects,
             self.clock,

@@ -31,7 +31,17 @@ HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 HEADER_VALUE = re.compile(r"[\x21-\x7e]([\t\x20-\x7e]*[\x21-\x7e])?")
 NOT_A_CONSUMERS = frozenset(
     {"host", "content-length", "connection", "keep-alive", "proxy-authenticate", "proxy-authorization"}
-    | {"proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect", "x-gpu-lease", "x-gpu-wait"}
+    | {
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "expect",
+        "x-gpu-lease",
+        "x-gpu-wait",
+        "x-gpu-priority",
+    }
 )
 """Headers of the connection itself, and those meant for gpumgr."""
 DEFAULT_PORTS = {"http": 80, "https": 443}

@@ -36,6 +36,7 @@ from gpumgr.config.settings import (
 )
 from gpumgr.config.values import Section, StrictLoader
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
+from gpumgr.core.queue import Priority
 
 LOADABLE = frozenset({"vllm", "systemd", "docker"})
 """Dialects with a load call of their own."""
@@ -98,7 +99,8 @@ def _settings(file: Path, document: object, environ: Mapping[str, str], tokens: 
     parsed = [_consumer(name, consumers, environ) for name in consumers.names()]
     if not parsed:
         raise ConfigError("consumers is empty: name at least one service that uses the GPU")
-    catalog = Catalog({c.name: c for c, _ in parsed}, _routing(routing, [c.name for c, _ in parsed]))
+    kinds, priorities = _routing(routing, [c.name for c, _ in parsed])
+    catalog = Catalog({c.name: c for c, _ in parsed}, kinds)
     _require_known_neighbours(catalog)
     _require_mutual(catalog)
     _require_own_origins(s for _, s in parsed)
@@ -107,7 +109,7 @@ def _settings(file: Path, document: object, environ: Mapping[str, str], tokens: 
     rest = {name: consumer.rest for name, consumer in settings.items()}
     _require_ways_back(settings)
     warnings = tuple(_warnings(catalog, settings))
-    return Settings(file, server, gpu, lease, scheduling, catalog, settings, warnings, proxy, rest)
+    return Settings(file, server, gpu, lease, scheduling, catalog, settings, warnings, proxy, rest, priorities)
 
 
 def _server(section: Section, file: Path, environ: Mapping[str, str], tokens: tuple[Token, ...]) -> ServerSettings:
@@ -171,6 +173,7 @@ def _lease(section: Section) -> LeaseSettings:
         max_wait_seconds=section.take("max_wait_seconds", check.seconds, default.max_wait_seconds),
         max_prepare_seconds=section.take("max_prepare_seconds", check.seconds, default.max_prepare_seconds),
         max_hold_seconds=section.take("max_hold_seconds", check.seconds_or_zero, default.max_hold_seconds),
+        min_hold_seconds=section.take("min_hold_seconds", check.seconds_or_zero, default.min_hold_seconds),
         confirm_seconds=section.take("confirm_seconds", check.seconds_or_zero, default.confirm_seconds),
         quarantine_seconds=section.take("quarantine_seconds", check.seconds_or_zero, default.quarantine_seconds),
     )
@@ -195,10 +198,13 @@ def _lease(section: Section) -> LeaseSettings:
 
 def _scheduling(section: Section) -> SchedulingSettings:
     default = SchedulingSettings()
-    policy = section.take("policy", check.one_of("fifo"), default.policy)
+    policy = section.take("policy", check.one_of("quantum", "fifo"), default.policy)
     mode = section.take("mode", check.one_of("evicting", "locked", "passthrough"), default.mode)
+    quantum = section.take("quantum_seconds", check.seconds_or_auto, default.quantum_seconds)
     section.done()
-    return SchedulingSettings(policy, mode)
+    if policy == "fifo" and quantum is not None:
+        raise ConfigError("scheduling.quantum_seconds needs scheduling.policy: quantum: set that, or remove this key")
+    return SchedulingSettings(policy, mode, quantum)
 
 
 def _proxy(section: Section) -> ProxySettings:
@@ -213,20 +219,31 @@ def _proxy(section: Section) -> ProxySettings:
     return settings
 
 
-def _routing(section: Section, consumers: list[str]) -> dict[str, str]:
-    routing = {}
+def _routing(section: Section, consumers: list[str]) -> tuple[dict[str, str], dict[str, Priority]]:
+    """Where each kind leads, and how urgent it is."""
+    routing, priorities = {}, {}
     for kind in section.names():
         _require_name("routing", "kind", kind)
         if kind in RESERVED_KINDS:
             raise ConfigError(f"routing.{kind}: this name is reserved for gpumgr's own routes: choose another kind")
-        target = section.need(kind, check.text, "")
+        target, priorities[kind] = section.need(kind, _route, "")
         if target not in consumers:
             raise ConfigError(
                 f"routing.{kind} leads to {target!r}, which is not in consumers: "
                 f"choose one of {', '.join(sorted(consumers))}"
             )
         routing[kind] = target
-    return routing
+    return routing, priorities
+
+
+def _route(where: str, value: Any) -> tuple[str, Priority]:
+    if not isinstance(value, dict):
+        return check.text(where, value), Priority.NORMAL
+    section = Section(where, value)
+    target = section.need("consumer", check.text, "write the consumer that this kind leads to")
+    priority = section.take("priority", check.one_of(*Priority), Priority.NORMAL.value)
+    section.done()
+    return target, Priority(priority)
 
 
 def _require_name(where: str, what: str, name: str) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from gpumgr.config.free_paths import FreePath
 from gpumgr.core.catalog import Catalog, GpuRef
+from gpumgr.core.queue import Priority
 
 
 class ConfigError(Exception):
@@ -66,6 +67,7 @@ class LeaseSettings:
     max_wait_seconds: float = 600
     max_prepare_seconds: float = 120
     max_hold_seconds: float = 0
+    min_hold_seconds: float = 10
     confirm_seconds: float = 3
     quarantine_seconds: float = 30
 
@@ -75,8 +77,11 @@ class LeaseSettings:
 
 @dataclass(frozen=True, slots=True)
 class SchedulingSettings:
-    policy: str = "fifo"
+    """``quantum_seconds`` None: by what swaps cost."""
+
+    policy: str = "quantum"
     mode: str = "evicting"
+    quantum_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +187,8 @@ class Settings:
     proxy: ProxySettings = ProxySettings()
     rest: Mapping[str, Rest] = field(default_factory=dict)
     """Of each consumer, what happens to it while nobody asks for it."""
+    priorities: Mapping[str, Priority] = field(default_factory=dict)
+    """Of each kind, how urgent its requests are where they do not say so themselves."""
 
 
 def origin_of(url: str) -> tuple[str, str, int | None]:

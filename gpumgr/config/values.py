@@ -145,6 +145,13 @@ def seconds_or_zero(where: str, value: Any) -> float:
     return 0 if value == 0 and not isinstance(value, bool) else seconds(where, value)
 
 
+def seconds_or_auto(where: str, value: Any) -> float | None:
+    """None: ``auto``."""
+    if isinstance(value, str) and value != "auto":
+        raise ConfigError(f"{where} must be a number of seconds, or auto, not {shown(value)}")
+    return None if value == "auto" else seconds(where, value)
+
+
 def whole(minimum: int) -> Callable[[str, Any], int]:
     def check(where: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

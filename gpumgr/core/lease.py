@@ -22,10 +22,9 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from gpumgr.core.catalog import GpuRef
-from gpumgr.core.outside import Game, Pause
 from gpumgr.errors import LeaseUnknown, RequestEnded, RequestMismatch
 
 
@@ -99,6 +98,18 @@ class Call:
     """Housekeeping's own, which ends at once."""
 
 
+class Claim(Protocol):
+    """Somebody who wants the card, as its holder is told of it: an operator, a game, or who waits.
+    ``cause``: ``hold``, ``game``, ``priority`` or ``quantum``."""
+
+    @property
+    def cause(self) -> str: ...
+    @property
+    def words(self) -> str: ...
+    @property
+    def since_at(self) -> str: ...
+
+
 class Renewed(NamedTuple):
     """What a renew tells its holder. ``waiting``: how many requests it holds up. ``yield_to``: who asks it to leave the
     card. ``intruders``: consumers on the card beside it that may not be."""
@@ -106,7 +117,7 @@ class Renewed(NamedTuple):
     lease: Lease
     waiting: int
     healthy: bool | None
-    yield_to: Pause | Game | None = None
+    yield_to: Claim | None = None
     intruders: tuple[str, ...] = ()
 
 

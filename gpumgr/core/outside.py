@@ -37,6 +37,10 @@ class Pause:
         return now < self.until
 
     @property
+    def cause(self) -> str:
+        return "hold"
+
+    @property
     def words(self) -> str:
         who = self.by or "somebody"
         why = f" ({self.reason})" if self.reason else ""
@@ -51,6 +55,10 @@ class Game:
     name: str
     since: float
     since_at: str
+
+    @property
+    def cause(self) -> str:
+        return "game"
 
     @property
     def words(self) -> str:

@@ -7,17 +7,18 @@ A **swap** sends away consumers that are on the card for one that may not be the
 which the card computes nothing. A request **needs a swap** while a consumer that its own one excludes is on the card.
 Rules of the turn (the numbers stand beside the code; 1 to 5 are those of core/queue.py):
 
-6. Within one consumer: first come, first served.
+6. Within one consumer and class: first come, first served. **Older** is below whoever is ahead by ``Entry.order``.
 7. A request that needs no swap goes ahead of an older one that needs one, until that one is **due**: its quantum has
-   run for it, counted from its arrival, or from the beginning of the resident's turn where that is later. Where it
-   needs several gone, it is due when the last of their turns is over: so nobody keeps a card empty for a turn on
-   another one.
+   run for it, counted from where it counts as waiting (its arrival, less the head start of its class), or from the
+   beginning of the resident's turn where that is later. Where it needs several gone, it is due when the last of their
+   turns is over: so nobody keeps a card empty for a turn on another one.
 8. Among those that need a swap nobody overtakes anybody whom they would hold up: when a turn is over, the next one is
    the oldest request's. One that is due is held up by older ones only.
 9. The **quantum** of a pair is so many times what it costs to swap there and back as requests wait for this part of the
    card, not less than ``LEAST`` times and not more than ``factor`` times: a card that few wait for has time for a
    swap. A swap there and back counts as ``floor_seconds`` at least, so that a turn covers a few requests. Where
-   somebody has fixed ``quantum_seconds``, that is its most instead.
+   somebody has fixed ``quantum_seconds``, that is its most instead. For a request that is more urgent than all that the
+   resident has waiting, it is ``URGENT`` times what the swap costs.
 10. A consumer that is idle **lingers** before a swap where it usually comes back soon: for twice the median of its
    last gaps and ``GRACE_SECONDS``, unless that is more than ``LINGER_SHARE`` of the cost of the swap there and back:
    then it would cost more than it saves, and it goes at once. Nobody waits for it who needs no swap, nor longer than
@@ -33,6 +34,9 @@ Rules of the turn (the numbers stand beside the code; 1 to 5 are those of core/q
 Why: every turn begins with the oldest request, so that the swaps are no more than the older ones, and a consumer
 whose younger requests overtake this one has no older ones left and gets no other turn before it. All that it is
 overtaken by, and the lingering, lies within one quantum of the turn that each other consumer has last.
+
+With priorities those who come later and are ahead count as older ones, and each of them may begin one more such turn.
+They have come within two head starts at most (core/queue.py): nobody starves. The same holds for one that resumes.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ from gpumgr.core.queue import Entry, Hold, Line, Stay, SwapSeconds, Turns, block
 
 FACTOR = 6.0
 LEAST = 2.0
+URGENT = 1.0
 FLOOR_SECONDS = 12.0
 LINGER_SHARE = 0.5
 GRACE_SECONDS = 0.2
@@ -77,8 +82,11 @@ class Quantum:
         ahead = Counter(hold.consumer for hold in holds)
         first: list[Entry] = []
         behind: list[tuple[Entry, float]] = []
+        due_at: dict[int, float] = {}
         for entry in heads(line, catalog):  # 6
             needs = self.swap_needed(entry, line, catalog, stays, swap_seconds)
+            if needs is not None:
+                due_at[entry.seq] = needs.due_at
             if needs is None or (needs.due_at <= now and not _held_up(entry, behind, catalog)):
                 first.append(entry)
             else:
@@ -92,7 +100,7 @@ class Quantum:
                 found.append(entry)
             elif goes:  # 10
                 look_again_at = until if look_again_at is None else min(look_again_at, until)
-        return Turns(found, look_again_at)
+        return Turns(found, look_again_at, due_at)
 
     def swap_needed(
         self, entry: Entry, line: Line, catalog: Catalog, stays: Mapping[str, Stay], swap_seconds: SwapSeconds
@@ -106,16 +114,23 @@ class Quantum:
                 continue
             found = True
             cost = round_trip_seconds(name, entry.consumer, swap_seconds)
-            quantum = self.quantum_seconds_of(cost, waiting_for_part_of(name, line, catalog))
-            due_at = max(due_at, max(stay.since, entry.arrived_at) + quantum)
+            quantum = self._quantum_seconds(entry, name, cost, line, catalog)
+            due_at = max(due_at, max(stay.since, entry.counts_from) + quantum)
             if stay.idle_since is not None:
                 lingers_until = max(lingers_until, stay.idle_since + self.linger_seconds(stay, cost))
         return Swap(due_at, lingers_until) if found else None
 
-    def quantum_seconds_of(self, round_trip: float, waiting: float) -> float:
-        """How long a turn lasts while so many wait (9)."""
+    def _quantum_seconds(self, entry: Entry, resident: str, round_trip: float, line: Line, catalog: Catalog) -> float:
+        """How long the resident's turn lasts for this one (9)."""
+        next_there = next(iter(line.get(resident, {}).values()), None)
+        if next_there is not None and entry.priority.rank < next_there.priority.rank:
+            return self.quantum_seconds_of(round_trip, URGENT)
+        return self.quantum_seconds_of(round_trip, max(LEAST, waiting_for_part_of(resident, line, catalog)))
+
+    def quantum_seconds_of(self, round_trip: float, times: float) -> float:
+        """So many times what the swap costs, within what is the most."""
         most = max(LEAST, self.factor)
-        times = max(LEAST, min(waiting, most))
+        times = min(times, most)
         if self.quantum_seconds is not None:
             return self.quantum_seconds * times / most
         return times * max(self.floor_seconds, round_trip)

@@ -15,6 +15,12 @@ Rules of the turn (the numbers stand beside the code):
    on a card keep the order of arrival.
 
 A request that has its turn becomes a holder at once (``preparing``), so everything decided afterwards counts it.
+
+**Who is ahead** of whom is fixed from the moment they enter (``Entry.order``): an interactive request counts as having
+come ``HEAD_START_SECONDS`` earlier, one of batch as much later. So within a class it is first come, first served; a
+more urgent one goes ahead of those that came shortly before it, and of nobody who has waited for longer than its head
+start: that is the ageing, and nobody starves. One that resumes counts as having come directly behind the one that it
+yielded to.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import takewhile
 from typing import Protocol
 
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
@@ -46,29 +53,75 @@ class WaitingFor(StrEnum):
     VRAM = "vram"
     PREPARING = "preparing"
     DRAINING = "draining"
+    QUANTUM = "quantum"
+
+
+class Priority(StrEnum):
+    """How urgent a request is; the most urgent first."""
+
+    INTERACTIVE = "interactive"
+    NORMAL = "normal"
+    BATCH = "batch"
+
+    @property
+    def rank(self) -> int:
+        """0 is the most urgent."""
+        return _RANKS[self]
+
+
+_RANKS = {priority: rank for rank, priority in enumerate(Priority)}
+HEAD_START_SECONDS = 120.0
+"""What one class is worth. By half of it interactive voices at half load get a p95 of 0.53 times that without
+priorities, by this of 0.46; and no batch request is overtaken by who comes four minutes after it."""
+
+Order = tuple[float, int, int]
+"""The instant from which a request counts as waiting, and its place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One request in the order. ``seq`` is its number of arrival; no two are the same. ``arrived_at``: when it came,
-    for a policy that goes by it."""
+    """One request in the order. ``seq`` is its number of arrival; no two are the same. ``arrived_at``: when it came.
+    ``behind``: the order of the one that it yielded to. ``order``: the smallest is ahead of all others."""
 
     seq: int
     consumer: str
     arrived_at: float = 0.0
+    priority: Priority = Priority.NORMAL
+    behind: Order | None = None
+    order: Order = field(init=False)
+
+    def __post_init__(self) -> None:
+        head_start = (Priority.NORMAL.rank - self.priority.rank) * HEAD_START_SECONDS
+        order = (self.arrived_at - head_start, self.seq, 0)
+        if self.behind is not None:
+            order = (*self.behind[:2], self.seq)
+        object.__setattr__(self, "order", order)
+
+    @property
+    def counts_from(self) -> float:
+        """The instant from which it counts as waiting: its arrival less its head start."""
+        return self.order[0]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Its arrival as a number: ``(seq, 0)``, or directly behind the request that it yielded to."""
+        return self.order[1:]
 
 
 @dataclass(slots=True)
 class Hold:
-    """A holder: a preparation, or a grant of a consumer's GPUs."""
+    """A holder: a preparation, or a grant of a consumer's GPUs. ``priority``: that of its request."""
 
     seq: int
     consumer: str
     gpus: tuple[GpuRef, ...]
     phase: Phase = Phase.PREPARING
+    priority: Priority = Priority.NORMAL
 
 
 GAPS_KEPT = 8
+ORDERS_KEPT = 256
+"""So many turns later nobody comes back behind a request that it yielded to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +143,7 @@ class Stay:
 
 
 Line = Mapping[str, Mapping[int, Entry]]
-"""Each consumer's waiting entries (seq → entry) in order of arrival."""
+"""Each consumer's waiting entries (seq → entry), whoever is ahead first."""
 
 SwapSeconds = Callable[[str, str], float | None]
 """What it costs to have the second consumer on the card in the place of the first; None where nobody knows yet."""
@@ -99,10 +152,20 @@ SwapSeconds = Callable[[str, str], float | None]
 @dataclass(frozen=True, slots=True)
 class Turns:
     """Who has the turn now, in this order. ``look_again_at``: the instant at which the answer is another one although
-    nobody came or went until then; None: there is none."""
+    nobody came or went until then; None: there is none. ``due_at``: of those who need a swap, by their number, the
+    instant from which on nobody overtakes them; empty where the policy knows no swaps."""
 
     entries: list[Entry] = field(default_factory=list)
     look_again_at: float | None = None
+    due_at: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """Who would have the turn. ``due_at``: as in ``Turns``; None: it needs no swap, or the policy knows none."""
+
+    entry: Entry
+    due_at: float | None
 
 
 class Policy(Protocol):
@@ -150,12 +213,16 @@ def in_order(entries: Iterable[Entry], ahead: Counter[str], catalog: Catalog) ->
 
 
 def heads(line: Line, catalog: Catalog) -> list[Entry]:
-    """Those that can have the turn, in order of arrival: of each consumer as many as it serves at once."""
+    """Those that can have the turn, whoever is ahead first: of each consumer as many as it serves at once."""
     first: list[Entry] = []
     for consumer, entries in line.items():
         for entry, _ in zip(entries.values(), range(catalog.consumers[consumer].max_concurrency), strict=False):
             first.append(entry)
-    return sorted(first, key=lambda entry: entry.seq)
+    return sorted(first, key=_order)
+
+
+def _order(entry: Entry) -> Order:
+    return entry.order
 
 
 def stays_after(
@@ -205,6 +272,9 @@ class Queue:
         self._holds: dict[int, Hold] = {}
         self._unloading: dict[str, int] = {}
         self._seq = 0
+        self._last_arrived_at = float("-inf")
+        self._orders: OrderedDict[int, Order] = OrderedDict()
+        """Of those who had their turn lately, as whoever yielded to one comes back when it may be over."""
 
     # -- coming and going ---------------------------------------------------------------------------------
 
@@ -213,12 +283,29 @@ class Queue:
         self._seq += 1
         return self._seq
 
-    def enter(self, consumer: str, now: float = 0.0) -> Entry:
-        entry = Entry(self.number(), consumer, now)
+    def enter(
+        self, consumer: str, now: float, *, priority: Priority = Priority.NORMAL, behind: int | None = None
+    ) -> Entry:
+        """``behind``: the number of the request that this one yielded to. One that nobody remembers changes nothing."""
+        now = self._last_arrived_at = max(now, self._last_arrived_at)  # its clock may have been read before another's
+        entry = Entry(self.number(), consumer, now, priority, self._order_of(behind))
         if consumer in self.stays:
             self.stays[consumer] = self.stays[consumer].asked(now)
-        self._line.setdefault(consumer, OrderedDict())[entry.seq] = entry
+        self._insert(entry)
         return entry
+
+    def _order_of(self, seq: int | None) -> Order | None:
+        if seq is None or seq in self._orders:
+            return None if seq is None else self._orders[seq]
+        return next((entries[seq].order for entries in self._line.values() if seq in entries), None)
+
+    def _insert(self, entry: Entry) -> None:
+        """Costs as many steps as it overtakes."""
+        queued = self._line.setdefault(entry.consumer, OrderedDict())
+        overtaken = list(takewhile(lambda other: other.order > entry.order, reversed(queued.values())))
+        queued[entry.seq] = entry
+        for other in reversed(overtaken):
+            queued.move_to_end(other.seq)
 
     def leave(self, seq: int) -> None:
         """Forget a request or a hold, wherever it is. Nothing happens where it is gone already."""
@@ -236,9 +323,9 @@ class Queue:
         for hold in self._holds.values():
             hold.gpus = catalog.consumers[hold.consumer].gpus
 
-    def begin(self, now: float = 0.0) -> list[Hold]:
+    def begin(self, now: float) -> list[Hold]:
         """Move every request that has its turn from the line to the holders, as ``preparing``. To be asked after every
-        coming and going, and at ``look_again_at``. A policy that does not go by the time needs no ``now``."""
+        coming and going, and at ``look_again_at``."""
         begun = []
         slots = self._slots()
         self.stays = stays_after(self.stays, self._line, self._holds.values(), self.catalog, now)
@@ -258,14 +345,23 @@ class Queue:
         """A holder at once, whether or not it has its turn."""
         return self._hold(entry)
 
-    def restore(self, consumer: str, phase: Phase) -> Hold:
+    def end_stay(self, consumer: str) -> None:
+        """It is not on the card any more: its turn is over, and nobody waits for a swap that none is."""
+        if consumer in self.stays:
+            self.stays[consumer] = replace(self.stays[consumer], since=None)
+
+    def restore(self, consumer: str, phase: Phase, priority: Priority = Priority.NORMAL) -> Hold:
         """A holder of an earlier life of the broker."""
-        return self._hold(Entry(self.number(), consumer), phase)
+        return self._hold(Entry(self.number(), consumer, priority=priority), phase)
 
     def _hold(self, entry: Entry, phase: Phase = Phase.PREPARING) -> Hold:
         self.leave(entry.seq)
-        hold = Hold(entry.seq, entry.consumer, self.catalog.consumers[entry.consumer].gpus, phase)
+        gpus = self.catalog.consumers[entry.consumer].gpus
+        hold = Hold(entry.seq, entry.consumer, gpus, phase, entry.priority)
         self._holds[entry.seq] = hold
+        self._orders[entry.seq] = entry.order
+        if len(self._orders) > ORDERS_KEPT:
+            self._orders.popitem(last=False)
         return hold
 
     def _slots(self) -> set[GpuRef]:
@@ -275,8 +371,7 @@ class Queue:
 
     def take_out(self, consumer: str) -> None:
         """Its unload begins: requests for it wait from now on."""
-        if consumer in self.stays:
-            self.stays[consumer] = replace(self.stays[consumer], since=None)
+        self.end_stay(consumer)
         self._unloading[consumer] = self._unloading.get(consumer, 0) + 1
 
     def put_back(self, consumer: str) -> None:
@@ -290,6 +385,31 @@ class Queue:
 
     # -- questions ----------------------------------------------------------------------------------------
 
+    def fork(self, swap_seconds: SwapSeconds | None = None) -> Queue:
+        """A copy that can be played ahead: who waits and who holds now, and nobody in the middle of an unload."""
+        fork = Queue(self.catalog, self._policy, swap_seconds or self._swap_seconds)
+        fork.stays, fork.look_again_at, fork._seq = dict(self.stays), self.look_again_at, self._seq
+        fork._line = {name: OrderedDict(queued) for name, queued in self._line.items()}
+        fork._holds = {seq: replace(hold) for seq, hold in self._holds.items()}
+        return fork
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @property
+    def swap_seconds(self) -> SwapSeconds:
+        return self._swap_seconds
+
+    @property
+    def line(self) -> Line:
+        return self._line
+
+    def last(self, consumer: str) -> Entry | None:
+        """The one of those who wait for it that everybody else is ahead of."""
+        queued = self._line.get(consumer)
+        return next(reversed(queued.values())) if queued else None
+
     @property
     def holds(self) -> Mapping[int, Hold]:
         return self._holds
@@ -301,9 +421,9 @@ class Queue:
         return entry.seq in self._line.get(entry.consumer, ())
 
     def waiting(self) -> list[Entry]:
-        """Everyone in the line, in order of arrival."""
+        """Everyone in the line, whoever is ahead first."""
         entries = (entry for queued in self._line.values() for entry in queued.values())
-        return sorted(entries, key=lambda entry: entry.seq)
+        return sorted(entries, key=_order)
 
     def held_up_by(self, hold: Hold) -> int:
         """How many waiting requests this hold alone would be enough to keep waiting."""
@@ -331,13 +451,20 @@ class Queue:
     def _ahead_of(self, entry: Entry) -> Iterator[Entry]:
         for queued in self._line.values():
             for other in queued.values():
-                if other.seq >= entry.seq:
+                if other.order >= entry.order:
                     break
                 yield other
 
     def ahead(self, entry: Entry) -> int:
-        """How many waiting requests came before this one, whether or not they hold it up."""
+        """How many waiting requests are ahead of this one, whether or not they hold it up."""
         return sum(1 for _ in self._ahead_of(entry))
+
+    def next_without(self, hold: Hold, now: float) -> Next | None:
+        """Who would have the turn at once if this hold ended, and has none because of it."""
+        others = [other for other in self._holds.values() if other is not hold]
+        turns = self._policy.turns(self._line, others, self.catalog, now, self.stays, self._swap_seconds)
+        kept = (entry for entry in turns.entries if self._holds_up(hold, entry.consumer))
+        return next((Next(entry, turns.due_at.get(entry.seq)) for entry in kept), None)
 
     def blockers(self, consumer: Consumer) -> list[Hold]:
         """The holders that a request for this consumer waits for, oldest first: those it conflicts with, and those

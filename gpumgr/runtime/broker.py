@@ -3,9 +3,10 @@
 Owns: waiting for an answer, and starting and stopping the threads. Must not: know HTTP, or hold the lock across
 I/O. All state is in state.py, all rules in core.
 
-Threads: ``watchdog`` (ends leases), one ``prepare-N`` per GPU, ``observe-card`` and ``observe-servers`` (so that
-neither a hung driver nor a hung server can delay the watchdog), ``keep-store`` (so that no disk can), one
-``quarantine-NAME`` per lease in quarantine, and the evictor's ``unload-NAME`` for one call each.
+Threads: ``watchdog`` (ends leases, and lets go whose turn comes with time alone), one ``prepare-N`` per GPU,
+``observe-card`` and ``observe-servers`` (so that neither a hung driver nor a hung server can delay the watchdog),
+``keep-store`` (so that no disk can), one ``quarantine-NAME`` per lease in quarantine, and the evictor's ``unload-NAME``
+for one call each.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from datetime import datetime
 from typing import Any
 
 from gpumgr import __version__
-from gpumgr.config import Settings
+from gpumgr.config import SchedulingSettings, Settings
 from gpumgr.core.catalog import Consumer
 from gpumgr.core.lease import Call, EndReason, HolderProcess, Lease, Renewed, RequestKey, require_same
 from gpumgr.core.outside import Outside
 from gpumgr.core.placement import impossible, insufficient, keeps_out
-from gpumgr.core.queue import Fifo, Phase
+from gpumgr.core.quantum import Quantum
+from gpumgr.core.queue import Fifo, Phase, Policy, Priority
 from gpumgr.errors import (
     GpumgrError,
     InternalError,
@@ -103,7 +105,7 @@ class Broker:
         self._lets_pass = mode == "passthrough"
         self.state = State(
             settings.catalog,
-            Fifo(),
+            order_of(settings.scheduling),
             settings.lease,
             settings.gpu.headroom_mib,
             clock,
@@ -407,7 +409,7 @@ class Broker:
             if lease.request is not None and seconds:
                 until = self.clock.monotonic() + seconds
                 self.state.leases.doubt(lease.token, until)
-                self.state.expect_end(until)
+                self.state.watch_from(until)
                 return
             self._begin_end(lease)
         self._finish_end(lease, EndReason.RELEASED, reason="unclaimed")
@@ -466,10 +468,13 @@ class Broker:
             raise refusal
         if not ask.restoring:
             self.state.make_way(consumer)
-        ticket = self.state.enter(ask, consumer, now, deadline, proxied=proxied)
+        ticket = self.state.enter(ask, consumer, now, deadline, proxied=proxied, priority=self._priority(ask))
         if not self._lets_pass:
             self.state.advance(now, own=ticket)
         return ticket
+
+    def _priority(self, ask: Ask) -> Priority:
+        return ask.priority or self.settings.priorities.get(ask.kind or "", Priority.NORMAL)
 
     def _refusal_at_once(self, consumer: Consumer) -> Refused | None:
         """What no waiting would mend. An operator's hold counts in every mode."""
@@ -552,7 +557,7 @@ class Broker:
                 return
             self.state.note_used(call.consumer, granted=call.lease_id is None and not call.restoring)
             look = self.state.memory[call.consumer].tail
-            self.state.leave(call.seq, call.consumer)
+            self.state.leave(call.seq, call.consumer, counts=not call.restoring)
             self.state.advance()
             held = round(self.clock.monotonic() - call.began_at, 3)
         if look and not self._looks_at_tails:
@@ -630,7 +635,7 @@ class Broker:
         with self._told_once(token), self.state.lock:
             self._live(token)
             lease = self.state.leases.renew(token, self.clock.monotonic(), ttl)
-            self.state.expect_end(lease.expires_at)
+            self.state.watch_from(lease.expires_at)
             found = Renewed(
                 lease,
                 self.state.held_up_by(lease),
@@ -656,6 +661,7 @@ class Broker:
         try:
             with self._told_once(token), self.state.lock:
                 lease = self._live(token)
+                self.state.note_yield(lease)
                 self._begin_end(lease)
         except LeaseUnknown:
             return False
@@ -671,8 +677,8 @@ class Broker:
         self._finish_end(lease, EndReason.REVOKED, by=by, reason=reason)
 
     def tick(self) -> int:
-        """End every lease whose time is over; how many there were. Called by the watchdog, and by whoever asks
-        for a turn, so that a late watchdog delays nobody."""
+        """End every lease whose time is over; how many there were. Whose turn comes with time alone goes. Called by the
+        watchdog, and by whoever asks for a turn, so that a late watchdog delays nobody."""
         self.outsiders.end_what_is_over()
         with self.state.lock:
             self.state.note_sleep()
@@ -683,6 +689,7 @@ class Broker:
             unclaimed = [(lease, EndReason.RELEASED) for lease in self.state.leases.unclaimed(now)]
             for lease, reason in unclaimed:
                 self._begin_end(lease, reason)
+            self.state.advance_where_due(now)
         for lease, reason in [*over, *unclaimed]:
             try:
                 self._finish_end(lease, reason, **({"reason": "unclaimed"} if reason is EndReason.RELEASED else {}))
@@ -791,7 +798,7 @@ class Broker:
             with self.state.lock:
                 if self.state.stopping:
                     return
-                soonest = self.state.leases.next_expiry()
+                soonest = self.state.next_instant()
                 left = LONGEST_SLEEP_SECONDS if soonest is None else soonest - self.clock.monotonic()
                 sleep = min(max(left, 0.0), LONGEST_SLEEP_SECONDS)
                 self.state.watchdog_looks_at = self.clock.monotonic() + sleep
@@ -897,6 +904,13 @@ class Broker:
         each = TAIL_EACH_SECONDS if remembered.tail or remembered.busy else at_most_seconds
         instants = [at for at in (remembered.busy_asked, remembered.last_used) if at is not None]
         return not instants or self.clock.monotonic() - max(instants) >= each
+
+
+def order_of(scheduling: SchedulingSettings) -> Policy:
+    """Where nothing is unloaded there are no swaps to save, and nobody waits for their sake."""
+    if scheduling.policy == "fifo" or scheduling.mode != "evicting":
+        return Fifo()
+    return Quantum(scheduling.quantum_seconds)
 
 
 class _NoProcesses:

@@ -38,6 +38,9 @@ class Ledger:
     accounts: dict[str, Account] = field(default_factory=dict)
     changes: int = 0
     """How often an account has changed."""
+    _costs: dict[tuple[str, str], float | None] = field(default_factory=dict)
+    """What was asked of ``pair_seconds`` since the accounts last changed."""
+    _costs_of: int = 0
     _uses: dict[str, Use] = field(default_factory=dict)
     _loads: dict[str, Load] = field(default_factory=dict)
     _owed: list[tuple[str, Entry]] = field(default_factory=list)
@@ -144,6 +147,16 @@ class Ledger:
     def swap_seconds(self, from_names: Iterable[str], to_name: str) -> float | None:
         """What a swap costs, as far as it was ever seen (core/ledger.py)."""
         return swap_seconds(self.accounts, from_names, to_name)
+
+    def pair_seconds(self, from_name: str, to_name: str) -> float | None:
+        """The same of one that goes for one that comes: kept until something is learned, as each decision of the order
+        asks for it."""
+        if self._costs_of != self.changes:
+            self._costs, self._costs_of = {}, self.changes
+        pair = from_name, to_name
+        if pair not in self._costs:
+            self._costs[pair] = swap_seconds(self.accounts, [from_name], to_name)
+        return self._costs[pair]
 
     def look_again_seconds(self, usual: float, now: float) -> float:
         """When the card should be read next: soon while something is being loaded."""

@@ -596,7 +596,7 @@ class Preparation:
             live = state.publish(lease)
             state.queue.holds[ticket.seq].phase = Phase.LIVE
             state.settle(ticket, live)
-            state.expect_end(live.expires_at)
+            state.watch_from(live.expires_at)
             state.advance()
         if self._wakes:
             time.sleep(0)  # whoever was woken goes first: the interpreter changes threads by itself each 5 ms only
@@ -625,10 +625,13 @@ class Preparation:
 
     def _grant_facts(self, lease: Lease) -> dict[str, Any]:
         """``arrival`` is its number in the queue of this life: it tells who came first."""
+        resumes = self._ticket.resumes
         return {
             "lease_id": lease.lease_id,
             "holder": lease.holder,
+            **({} if resumes is None else {"resumes": resumes}),
             "fence": lease.fence,
+            "priority": self._ticket.entry.priority.value,
             "waited_seconds": self._waited,
             "arrival": lease.seq,
         }

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from gpumgr.core.catalog import GpuRef, overlap
-from gpumgr.core.queue import Hold
+from gpumgr.core.catalog import Consumer, GpuRef, overlap
+from gpumgr.core.outlook import Why, why
+from gpumgr.core.queue import Hold, WaitingFor
 from gpumgr.errors import PrepareTimeout, SchedulerTimeout
 
 if TYPE_CHECKING:
@@ -29,20 +30,51 @@ def prepare_timeout(state: State, ticket: Ticket) -> PrepareTimeout:
 
 
 def scheduler_timeout(state: State, ticket: Ticket) -> SchedulerTimeout:
-    reason = ticket.waiting_for or state.queue.why(ticket.entry)
+    found = reason_of(state, ticket, state.now())
     holders = [_facts(state, hold) for hold in _waited_for(state, ticket)]
     ahead = state.queue.ahead(ticket.entry)
-    why = f"waiting for {reason}" if ticket.waiting_for is None else ticket.step
+    waits = f"waiting for {found.reason}" if ticket.waiting_for is None else ticket.step
+    said = _said(state, ticket, holders, ahead)
+    if found.until is not None:
+        said = f": {quantum_words(found, state.shown(found.until))}"
     waited = state.waited(ticket)
     return SchedulerTimeout(
-        f"{ticket.consumer.name} was not granted within {waited:g} s, {why}{_said(state, ticket, holders, ahead)}. "
+        f"{ticket.consumer.name} was not granted within {waited:g} s, {waits}{said}. "
         "Ask again, or with a longer wait_seconds",
         consumer=ticket.consumer.name,
-        waiting_for=reason,
+        waiting_for=found.reason,
         waited_seconds=waited,
         ahead=ahead,
         holders=holders,
+        quantum_ends_at=None if found.until is None else state.shown(found.until),
         in_use=[{"consumer": name, "in_use": state.computing(name)} for name in _computing(state, ticket)],
+    )
+
+
+def reason_of(state: State, ticket: Ticket, now: float) -> Why:
+    if ticket.waiting_for is not None:
+        return Why(ticket.waiting_for)
+    return Why(WaitingFor.PREPARING) if ticket.prepare_limit is not None else why(state.queue, ticket.entry, now)
+
+
+def blockers_words(state: State, consumer: Consumer) -> str:
+    """Whom a request for it that is in the line waits for."""
+    if state.queue.is_unloading(consumer.name):
+        return f"{consumer.name} itself is being unloaded for somebody else"
+    return "; ".join(_words(_facts(state, hold)) for hold in _blocking(state, consumer))
+
+
+def ahead_words(count: int) -> str:
+    return f"{'1 request goes' if count == 1 else f'{count} requests go'} before it"
+
+
+def quantum_words(found: Why, until: str) -> str:
+    whose = ", ".join(found.whose)
+    if found.lingers:
+        return f"{whose} usually comes back within a moment, and keeps the GPU for that, until {until} at the latest"
+    return (
+        f"{whose} is on the GPU and keeps its turn until {until} at the latest; what runs then is waited for. So there "
+        "are fewer swaps"
     )
 
 
@@ -56,10 +88,14 @@ def _waited_for(state: State, ticket: Ticket) -> list[Hold]:
     """Those it conflicts with; and where one of them, or itself, waits inside its preparation: whom that waits for."""
     if ticket.waiting_for is not None:
         return _beside(state, ticket.seq, ticket.consumer.gpus)
-    found = [hold for hold in state.queue.blockers(ticket.consumer) if hold.seq != ticket.seq]
+    return [hold for hold in _blocking(state, ticket.consumer) if hold.seq != ticket.seq]
+
+
+def _blocking(state: State, consumer: Consumer) -> list[Hold]:
+    found = state.queue.blockers(consumer)
     inside = {waiting.seq for waiting in state.inside}
     further = [h for hold in found if hold.seq in inside for h in _beside(state, hold.seq, hold.gpus)]
-    return list({hold.seq: hold for hold in [*found, *further] if hold.seq != ticket.seq}.values())
+    return list({hold.seq: hold for hold in [*found, *further]}.values())
 
 
 def _beside(state: State, seq: int, gpus: Iterable[GpuRef]) -> list[Hold]:

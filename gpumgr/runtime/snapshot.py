@@ -14,10 +14,10 @@ from gpumgr.core.lease import Lease
 from gpumgr.core.ledger import Account, observed_figures, unload_figures, warnings_of
 from gpumgr.core.outside import Stranger
 from gpumgr.core.placement import Holding
-from gpumgr.core.queue import Hold, Phase, WaitingFor
+from gpumgr.core.queue import Hold, Phase
 from gpumgr.runtime.broker import Broker
+from gpumgr.runtime.outlook import Outlook
 from gpumgr.runtime.state import State, rfc3339
-from gpumgr.runtime.ticket import Ticket
 
 
 def snapshot(broker: Broker) -> dict[str, Any]:
@@ -26,7 +26,8 @@ def snapshot(broker: Broker) -> dict[str, Any]:
         now = broker.clock.monotonic()
         holdings = state.holdings(state.reading, {})
         promised = state.promised(state.in_use(), holdings, state.reading)
-        return {
+        waiting = Outlook(state, now)
+        shown = {
             "version": __version__,
             "started_at": rfc3339(broker.started_at) if broker.started_at else None,
             "now": state.shown(now),
@@ -38,9 +39,10 @@ def snapshot(broker: Broker) -> dict[str, Any]:
             "gpus": [_gpu(state, ref, promised.get(ref, 0)) for ref in _refs(state)],
             "consumers": [_consumer(broker, c, holdings) for c in state.catalog.consumers.values() if not c.retired],
             "leases": [_lease(state, lease, now) for lease in state.leases if lease.alive(now)],
-            "queue": _queue(state, now),
+            "queue": [],
             "events": list(state.events),
         }
+    return shown | {"queue": waiting.rows()}
 
 
 def hold_facts(broker: Broker) -> dict[str, Any]:
@@ -210,6 +212,7 @@ def _proxied(state: State, hold: Hold) -> bool:
 
 
 def _lease(state: State, lease: Lease, now: float) -> dict[str, Any]:
+    to = state.asked_to_yield(lease)
     return {
         "lease_id": lease.lease_id,
         "token": lease.token,
@@ -220,31 +223,9 @@ def _lease(state: State, lease: Lease, now: float) -> dict[str, Any]:
         "expires_at": state.shown(lease.expires_at),
         "ttl_seconds": lease.ttl_seconds,
         "held_seconds": round(now - lease.granted_at, 3),
-        "yield_requested": state.asked_to_yield(lease) is not None,
+        "priority": state.queue.holds[lease.seq].priority.value,
+        "yield_requested": to is not None,
+        "yield_reason": None if to is None else to.words,
         "intruders": sorted(state.intruders_of(lease)),
         "holder_pid": lease.process and lease.process.pid,
     }
-
-
-def _queue(state: State, now: float) -> list[dict[str, Any]]:
-    """Everyone without an answer yet, in order of arrival; ``waiting_for`` is ``preparing`` while its own
-    preparation runs."""
-    tickets = sorted(state.tickets.values(), key=lambda ticket: ticket.seq)
-    return [
-        {
-            "position": position,
-            "consumer": ticket.consumer.name,
-            "holder": ticket.holder,
-            "waiting_seconds": round(now - ticket.entered_at, 3),
-            "deadline_at": state.shown(ticket.deadline),
-            "waiting_for": _waiting_for(state, ticket).value,
-            "step": ticket.step,
-        }
-        for position, ticket in enumerate(tickets, 1)
-    ]
-
-
-def _waiting_for(state: State, ticket: Ticket) -> WaitingFor:
-    if ticket.waiting_for is not None:
-        return ticket.waiting_for
-    return WaitingFor.PREPARING if ticket.prepare_limit is not None else state.queue.why(ticket.entry)

@@ -19,7 +19,7 @@ from gpumgr.config import LeaseSettings
 from gpumgr.core.card import GpuProcess, GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
 from gpumgr.core.following import Followed
-from gpumgr.core.lease import Call, EndReason, Lease, LeaseBook, RequestKey
+from gpumgr.core.lease import Call, Claim, EndReason, Lease, LeaseBook, RequestKey
 from gpumgr.core.ledger import Sight, keeping_promises, sized
 from gpumgr.core.outside import Game, Outside, Pause
 from gpumgr.core.placement import (
@@ -37,16 +37,20 @@ from gpumgr.core.placement import (
     keeps_out,
     promised_mib,
 )
-from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
+from gpumgr.core.queue import Phase, Policy, Priority, Queue, WaitingFor
+from gpumgr.core.resuming import Resuming
+from gpumgr.core.yielding import YieldReason, yield_request
 from gpumgr.errors import GpumgrError, RequestEnded
 from gpumgr.runtime.ledger import Ledger
 from gpumgr.runtime.ports import Clock, Kept, KeptLease, Total
 from gpumgr.runtime.refusals import scheduler_timeout
-from gpumgr.runtime.ticket import Ask, Ticket
+from gpumgr.runtime.ticket import Ask, Ticket, Wish
 
 log = logging.getLogger(__name__)
 
 EVENTS_KEPT = 200
+HOLDS_KEPT = 20
+"""How long they took tells when those who wait may expect their turn."""
 TAKING = (Phase.PREPARING, Phase.GRANTING, Phase.LIVE)
 """Holds that may still take what they were granted; those on their way out have what they have."""
 SLEPT_SECONDS = 1.0
@@ -94,6 +98,8 @@ class Memory:
     outlasted: bool = False
     """It still computed at the end of its quarantine: what it does for a holder of the past is not waited for again."""
     healthy: bool | None = None
+    hold_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=HOLDS_KEPT))
+    """How long its last leases and calls took."""
     health_error: str | None = None
     checked: float | None = None
     checked_at: datetime | None = None
@@ -136,8 +142,10 @@ class State:
         """Whoever was told nothing yet waits here for an end to be written down."""
         self.ending: set[str] = set()
         """Tokens whose end is being written down."""
-        self.queue = Queue(catalog, policy)
+        self.ledger = Ledger()
+        self.queue = Queue(catalog, policy, self.ledger.pair_seconds)
         self.leases = LeaseBook()
+        self.resuming = Resuming()
         self.quarantines: dict[int, Quarantine] = {}
         """By hold."""
         self.store_error: str | None = None
@@ -147,7 +155,6 @@ class State:
         self.dirty: set[str] = set()
         """Consumers whose totals have changed since they were written."""
         self.on_event: Callable[[dict[str, Any]], None] = lambda _event: None
-        self.ledger = Ledger()
         self.on_load: Callable[[], None] = lambda: None
         """Something begins to be loaded: the card is worth a look. Quick, and called with the lock held."""
         self.on_learned: Callable[[], None] = lambda: None
@@ -167,6 +174,8 @@ class State:
         """Proxied calls that hold their consumer's GPUs, and those that pass under a lease."""
         self.followed: dict[int, Followed] = {}
         """Those of the calls that hold for work which goes on after their answer."""
+        self.granted_at: dict[int, float] = {}
+        """Of each hold that was granted, since when it holds."""
         self.tickets: dict[int, Ticket] = {}
         self.by_request: dict[RequestKey, Ticket] = {}
         self.begun: deque[Ticket] = deque()
@@ -214,11 +223,19 @@ class State:
                 remembered.evictions += total.evictions
                 remembered.last_used_at = remembered.last_used_at or total.last_used_at
         self._use_catalog()
+        for event in kept.events:
+            self._recall_hold(event)
         self.events.extendleft(reversed(kept.events[-EVENTS_KEPT + len(self.events) :]))
         for lease in kept.rebooted:
             facts = {"lease_id": lease.lease_id, "holder": lease.holder, "reason": EndReason.HOST_REBOOT.value}
             self.note("expire", lease.consumer, **facts)
-        self.changes += 1
+        self.advance(now)  # their turns have begun
+
+    def _recall_hold(self, event: Mapping[str, Any]) -> None:
+        """How long a lease of an earlier life took."""
+        consumer, held = self.memory.get(event.get("consumer") or ""), event.get("held_seconds")
+        if consumer is not None and event.get("type") in ("release", "expire") and isinstance(held, int | float):
+            consumer.hold_seconds.append(float(held))
 
     def _keep_consumer(self, kept: KeptLease) -> None:
         lease = kept.lease
@@ -232,6 +249,7 @@ class State:
     def _restore_lease(self, kept: KeptLease, now: float) -> None:
         lease = kept.lease
         hold = self.queue.restore(lease.consumer, Phase.QUARANTINE if kept.quarantined else Phase.LIVE)
+        self.granted_at[hold.seq] = min(lease.granted_at, now)
         self.memory[lease.consumer].uses += 1
         self.memory[lease.consumer].used_since_unload = True
         granted = replace(self.catalog.consumers[lease.consumer], gpus=lease.gpus, vram_resident_mib=kept.sizes_mib)
@@ -287,6 +305,7 @@ class State:
         """``holds_mib``: what it holds, where it is not on the card yet; None: it is, or nobody knows."""
         consumer = self.catalog.consumers[ticket.consumer.name]
         self._promise(ticket.seq, consumer)
+        self.granted_at[ticket.seq] = self._clock.monotonic()
         now, at = self._clock.monotonic(), rfc3339(self._clock.utc())
         self.ledger.begin_use(consumer, ticket.seq, self._grants(consumer.name) - {ticket.seq}, now, at)
         if holds_mib is not None:
@@ -333,9 +352,13 @@ class State:
 
     # -- coming and going -----------------------------------------------------------------------------------
 
-    def leave(self, seq: int, consumer: str) -> None:
-        """A hold is over. A consumer that was only kept for it goes with it."""
+    def leave(self, seq: int, consumer: str, *, counts: bool = True) -> None:
+        """A hold is over. A consumer that was only kept for it goes with it. ``counts``: how long it took says
+        something about the next ones."""
         self.queue.leave(seq)
+        since = self.granted_at.pop(seq, None)
+        if since is not None and counts:
+            self.memory[consumer].hold_seconds.append(round(self._clock.monotonic() - since, 3))
         if consumer in self._kept and not self.queue.holds_of(consumer):
             del self._kept[consumer]
             if self.catalog.consumers[consumer].retired:
@@ -366,11 +389,21 @@ class State:
         """It is written down: live from now on."""
         return self.leases.publish(lease, self._clock.monotonic(), self._lease.max_hold_seconds)
 
-    def expect_end(self, at: float) -> None:
-        """The watchdog must look by then. It is not woken where it does so anyway: it would be in the way of the answer
-        to a grant."""
+    def watch_from(self, at: float) -> None:
+        """The watchdog must look by then: a lease may be over, or a turn. It is not woken where it does so anyway: it
+        would be in the way of the answer to a grant."""
         if at < self.watchdog_looks_at:
             self.expiry.notify()
+
+    def next_instant(self) -> float | None:
+        """When something is over, or begins, that nobody comes to say."""
+        instants = (self.leases.next_expiry(), self.queue.look_again_at)
+        return min((at for at in instants if at is not None), default=None)
+
+    def advance_where_due(self, now: float) -> None:
+        """A quantum is over, or a linger, since somebody last came or went."""
+        if self.queue.look_again_at is not None and now >= self.queue.look_again_at:
+            self.advance(now)
 
     def count_request(self, consumer: str, more: int = 1) -> None:
         self.memory[consumer].total_requests += more
@@ -378,11 +411,21 @@ class State:
 
     # -- tickets --------------------------------------------------------------------------------------------
 
-    def enter(self, ask: Ask, consumer: Consumer, now: float, deadline: float, *, proxied: bool = False) -> Ticket:
-        """A new request at the end of the line."""
+    def enter(
+        self,
+        ask: Ask,
+        consumer: Consumer,
+        now: float,
+        deadline: float,
+        *,
+        proxied: bool = False,
+        priority: Priority = Priority.NORMAL,
+    ) -> Ticket:
+        """A new request, in the line."""
+        behind = self.resuming.resume(ask.resume_of, consumer.name, now)
         wanted = self._lease.default_ttl_seconds if ask.ttl_seconds is None else ask.ttl_seconds
         ticket = Ticket(
-            entry=self.queue.enter(consumer.name),
+            entry=self.queue.enter(consumer.name, now, priority=priority, behind=behind),
             consumer=consumer,
             holder=ask.holder,
             ttl_seconds=self._lease.clamp_ttl(wanted),
@@ -394,6 +437,7 @@ class State:
             stirred=threading.Condition(self.lock),
             proxied=proxied,
             restoring=ask.restoring,
+            resumes=None if behind is None else ask.resume_of,
         )
         self.tickets[ticket.seq] = ticket
         if ask.request is not None:
@@ -413,9 +457,12 @@ class State:
         self.settle(ticket, error)
         if ticket.restoring:
             return
-        facts = {"holder": ticket.holder, "code": error.code, "waited_seconds": self.waited(ticket)}
+        facts = {"holder": ticket.holder, "code": error.code, **self._of_request(ticket)}
         self.note("refuse", ticket.consumer.name, **facts)
         log.info("refuse consumer=%s holder=%s code=%s: %s", ticket.consumer.name, ticket.holder, error.code, error)
+
+    def _of_request(self, ticket: Ticket) -> dict[str, Any]:
+        return {"priority": ticket.entry.priority.value, "waited_seconds": self.waited(ticket)}
 
     def withdraw(self, ticket: Ticket) -> None:
         """Nobody waits for it any more; nothing where it has its answer, or is being written down."""
@@ -425,7 +472,7 @@ class State:
             ticket, RequestEnded("this request was withdrawn; its request_id may be used again", reason="withdrawn")
         )
         if not ticket.restoring:
-            self.note("withdraw", ticket.consumer.name, holder=ticket.holder, waited_seconds=self.waited(ticket))
+            self.note("withdraw", ticket.consumer.name, holder=ticket.holder, **self._of_request(ticket))
             log.info("withdraw consumer=%s holder=%s", ticket.consumer.name, ticket.holder)
         self.advance()
 
@@ -434,7 +481,14 @@ class State:
         hold = self.queue.holds.get(ticket.seq)
         if hold is not None and hold.phase in (Phase.PREPARING, Phase.GRANTING):
             self.queue.leave(ticket.seq)
+            self.granted_at.pop(ticket.seq, None)
+            self._end_stay_of_absent(ticket.consumer.name)
             self.advance()
+
+    def _end_stay_of_absent(self, consumer: str) -> None:
+        """Its turn began, and it did not come onto the card, or has left it by itself: nobody waits for its sake."""
+        if self.memory[consumer].resident_since is None and not self.queue.holds_of(consumer):
+            self.queue.end_stay(consumer)
 
     def settle(self, ticket: Ticket, outcome: Lease | Call | GpumgrError) -> None:
         """The ticket has its answer: its callers wake. A granted one keeps its hold, any other leaves.
@@ -465,7 +519,7 @@ class State:
         ``now`` is the caller's where it matters that no time has passed: with ``wait_seconds: 0``.
         """
         now = self._clock.monotonic() if now is None else now
-        while begun := self.queue.begin():
+        while begun := self.queue.begin(now):
             tickets = [self.tickets[hold.seq] for hold in begun]
             late = [ticket for ticket in tickets if not self._begin(ticket, now)]
             for ticket in tickets:
@@ -476,6 +530,8 @@ class State:
                 self.refuse(ticket, scheduler_timeout(self, ticket))
             if not late:
                 break
+        if self.queue.look_again_at is not None:
+            self.watch_from(self.queue.look_again_at)
         self.changes += 1
         for hold in self.queue.holds.values():
             if hold.phase is Phase.PREPARING and hold.seq in self.tickets:
@@ -485,6 +541,7 @@ class State:
         if now >= ticket.deadline and now != ticket.entered_at:
             return False
         self.memory[ticket.consumer.name].uses += 1
+        ticket.began_at = now
         ticket.prepare_limit = now + self._lease.max_prepare_seconds
         ticket.step = "waiting for a preparation thread"
         return True
@@ -754,6 +811,19 @@ class State:
                 remembered.resident_since = reading.read_at
                 remembered.wanted_back = False
         self._note_intruders(resident)
+        self._end_stays(reading, holdings)
+
+    def _end_stays(self, reading: Reading, holdings: Mapping[tuple[str, GpuRef], Holding]) -> None:
+        """Who has left the card by itself, as servers do that unload what is idle, has no turn that others wait for."""
+        ended = False
+        for name, stay in self.queue.stays.items():
+            idle = stay.idle_since is not None and stay.idle_since < reading.read_at
+            gone = all(holdings[name, ref].resident is False for ref in self.catalog.consumers[name].gpus)
+            if stay.since is not None and idle and gone:
+                self.queue.end_stay(name)
+                ended = True
+        if ended and self.queue.look_again_at is not None:
+            self.advance()
 
     def _note_intruders(self, resident: set[str]) -> None:
         """Only where others are unloaded for a lease: else they may have been there before it."""
@@ -799,9 +869,34 @@ class State:
         """As the last reading shows them."""
         return self.intruders.get(lease.seq, frozenset())
 
-    def asked_to_yield(self, lease: Lease) -> Pause | Game | None:
+    def asked_to_yield(self, lease: Lease) -> Claim | None:
         """To whom its holder is asked to leave the card."""
-        return self.outside.closed(lease.gpus, self._clock.monotonic())
+        return self.outside.closed(lease.gpus, self._clock.monotonic()) or self.wish(lease)
+
+    def wish(self, lease: Lease) -> Wish | None:
+        """The request that its holder is asked to yield to (core/yielding.py)."""
+        hold, now = self.queue.holds.get(lease.seq), self._clock.monotonic()
+        if hold is None or hold.phase is not Phase.LIVE or not self.queue.line:
+            return None
+        after = self.queue.next_without(hold, now)
+        found = yield_request(hold, self.granted_at[hold.seq], self._lease.min_hold_seconds, after, now)
+        if found is None:
+            return None
+        to = self.tickets[found.to.seq]
+        who = (
+            f"{to.holder or 'a request without a label'} waits for {to.consumer.name} since {self.shown(to.entered_at)}"
+        )
+        why = {
+            YieldReason.PRIORITY: f"and is more urgent ({to.entry.priority} before {hold.priority})",
+            YieldReason.QUANTUM: f"and the turn of {lease.consumer} is over",
+        }
+        return Wish(found.reason.value, f"{who}, {why[found.reason]}", self.shown(found.since), to.seq)
+
+    def note_yield(self, lease: Lease) -> None:
+        """It is given back. Where somebody is waited for, its holder may come back behind that one."""
+        wish = self.wish(lease)
+        if wish is not None:
+            self.resuming.yielded(lease.lease_id, lease.consumer, wish.seq, self._clock.monotonic())
 
     def _lower_leftovers(self, reading: Reading) -> None:
         """An unload is proved while memory is still falling: what stays is the least that is seen afterwards."""

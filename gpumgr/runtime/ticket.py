@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from gpumgr.core.catalog import Consumer
 from gpumgr.core.lease import Call, HolderProcess, Lease, RequestKey
 from gpumgr.core.placement import Victim
-from gpumgr.core.queue import Entry, WaitingFor
+from gpumgr.core.queue import Entry, Priority, WaitingFor
 from gpumgr.errors import GpumgrError
 
 
@@ -31,6 +31,10 @@ class Ask:
     """Housekeeping's own: the consumer is to be loaded, and nobody holds it afterwards."""
     holder_pid: int | None = None
     """The holder's own process, whose memory its lease is for as well."""
+    priority: Priority | None = None
+    """None: that of its kind."""
+    resume_of: str | None = None
+    """The lease_id of a lease that was given back when it was asked to yield."""
 
 
 def _always() -> bool:
@@ -39,6 +43,16 @@ def _always() -> bool:
 
 def _nothing() -> None:
     pass
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A request that a holder is asked to yield to."""
+
+    cause: str
+    words: str
+    since_at: str
+    seq: int
 
 
 @dataclass(eq=False, slots=True)
@@ -75,9 +89,13 @@ class Ticket:
     proxied: bool = False
     """A call that ends by itself, not a lease."""
     restoring: bool = False
+    resumes: str | None = None
+    """The lease_id of the one that has yielded, and comes back with it."""
     callers: list[Caller] = field(default_factory=list)
     answered: bool = False
     """One of its callers was there to take the grant."""
+    began_at: float | None = None
+    """Its turn came."""
     prepare_limit: float | None = None
     """Monotonic; None while it waits in the line."""
     waiting_for: WaitingFor | None = None

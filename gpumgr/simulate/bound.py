@@ -12,12 +12,12 @@ with swaps that cost: they are bounds, not orders.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 
 from gpumgr.core.quantum import Quantum, round_trip_seconds
-from gpumgr.simulate.engine import Run
+from gpumgr.core.queue import HEAD_START_SECONDS
+from gpumgr.simulate.engine import Request, Run
 from gpumgr.simulate.workload import Arrival, Kind
 
 
@@ -56,27 +56,44 @@ def beyond_promise(run: Run, policy: Quantum, kinds: Sequence[Kind]) -> int:
     """How many requests waited longer than core/quantum.py says; it must be none."""
     load = {kind.name: kind.load_seconds for kind in kinds}
     swap = max(load.values())
-    longest: dict[str, float] = {}
+    overtaken = _overtaken_seconds(run, policy, load)
+    count = 0
+    running: list[Request] = []
+    for number, request in enumerate(run.requests):
+        at, order = request.arrived_at, request.order
+        running = [other for other in running if other.ended_at >= at]  # at the same instant: it ended after this came
+        before = [other for other in running if other.order < order]
+        later = list(_later_and_ahead(run.requests, number))
+        work = sum(other.service_seconds + swap for other in (*before, *later))
+        turns = [name for name in load if name != request.consumer]
+        turns += [other.consumer for other in later if other.consumer != request.consumer]
+        promised = work + swap + sum(overtaken[name] for name in turns)
+        count += request.waited_seconds(run.ended_at) > promised + 1e-6
+        running.append(request)
+    return count
+
+
+def _overtaken_seconds(run: Run, policy: Quantum, load: Mapping[str, float]) -> dict[str, float]:
+    """How long one turn of each may keep others waiting: its longest quantum, and the hold that runs at its end."""
+    longest: dict[str, float] = dict.fromkeys(load, 0.0)
     for request in run.requests:
-        longest[request.consumer] = max(longest.get(request.consumer, 0.0), request.service_seconds)
-    overtaken = {
-        name: sum(
-            max(policy.longest_seconds(round_trip_seconds(d, e, lambda _from, to: load[to])) for e in load if e != d)
-            + longest.get(d, 0.0)
-            for d in load
-            if d != name
-        )
+        longest[request.consumer] = max(longest[request.consumer], request.service_seconds)
+    quanta = {
+        name: [
+            policy.longest_seconds(round_trip_seconds(name, other, lambda _from, to: load[to]))
+            for other in load
+            if other != name
+        ]
         for name in load
     }
-    ends = sorted((request.ended_at, request.service_seconds) for request in run.requests)
-    done = [0.0, *accumulate(seconds for _, seconds in ends)]
-    before = [0.0, *accumulate(request.service_seconds for request in run.requests)]
-    ended = [at for at, _ in ends]
-    count = 0
-    for number, request in enumerate(run.requests):
-        gone = bisect_right(ended, request.arrived_at)
-        work = before[number] - done[gone]
-        swaps = (number - gone + 1) * swap
-        promised = work + swaps + overtaken[request.consumer]
-        count += request.waited_seconds(run.ended_at) > promised + 1e-6
-    return count
+    return {name: max(quanta[name], default=0.0) + longest[name] for name in load}
+
+
+def _later_and_ahead(requests: Sequence[Request], number: int) -> Iterator[Request]:
+    """Those that came later, and are ahead of it by their priority."""
+    request = requests[number]
+    for other in islice(requests, number + 1, None):
+        if other.arrived_at > request.arrived_at + 2 * HEAD_START_SECONDS:
+            return
+        if other.order < request.order:
+            yield other

@@ -16,7 +16,7 @@ from itertools import count
 from typing import Any
 
 from gpumgr.core.catalog import NO_BACKEND, Catalog, Consumer
-from gpumgr.core.queue import Hold, Phase, Policy, Queue
+from gpumgr.core.queue import Hold, Order, Phase, Policy, Priority, Queue
 from gpumgr.simulate.workload import Agent, Arrival, Kind
 
 NEVER = float("inf")
@@ -24,9 +24,11 @@ NEVER = float("inf")
 
 @dataclass(slots=True)
 class Request:
-    """``turn_at`` + the load = ``granted_at``; ``ended_at`` = that + its service. ``NEVER`` as long as it waits."""
+    """``order``: its place in the queue. ``turn_at`` + the load = ``granted_at``; ``ended_at`` = that + its service.
+    ``NEVER`` as long as it waits."""
 
     seq: int
+    order: Order
     consumer: str
     arrived_at: float
     service_seconds: float
@@ -80,7 +82,7 @@ class Card:
                 _, _, happen, arguments = heapq.heappop(self._events)
                 happen(now, *arguments)
             elif following is not None and arrives_at <= now:
-                self._enter(now, following.consumer, following.service_seconds)
+                self._enter(now, following.consumer, following.service_seconds, following.priority)
                 following = next(coming, None)
             self._begin(now)
             self.run.ended_at = now
@@ -90,14 +92,21 @@ class Card:
     def _at(self, at: float, happen: Callable[..., None], *arguments: object) -> None:
         heapq.heappush(self._events, (at, next(self._order), happen, arguments))
 
-    def _enter(self, now: float, consumer: str, service_seconds: float, agent: Agent | None = None) -> None:
-        entry = self.queue.enter(consumer, now)
-        request = Request(entry.seq, consumer, now, service_seconds, agent)
+    def _enter(
+        self,
+        now: float,
+        consumer: str,
+        service_seconds: float,
+        priority: Priority = Priority.NORMAL,
+        agent: Agent | None = None,
+    ) -> None:
+        entry = self.queue.enter(consumer, now, priority=priority)
+        request = Request(entry.seq, entry.order, consumer, now, service_seconds, agent)
         self.run.requests.append(request)
         self._waiting[entry.seq] = request
 
     def _ask(self, now: float, agent: Agent) -> None:
-        self._enter(now, agent.consumer, agent.next_service_seconds(), agent)
+        self._enter(now, agent.consumer, agent.next_service_seconds(), agent=agent)
 
     def _begin(self, now: float) -> None:
         while begun := self.queue.begin(now):

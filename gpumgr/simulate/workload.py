@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from gpumgr.core.queue import Priority
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
     """One consumer. ``load_seconds`` is what a swap to it costs; ``service_seconds`` how long it is held in the mean
-    (exponential); ``share`` how many of all requests are for it."""
+    (exponential); ``share`` how many of all requests are for it; ``priority`` that of each of them."""
 
     name: str
     load_seconds: float
     service_seconds: float
     share: float
+    priority: Priority = Priority.NORMAL
 
 
 CASE = (Kind("llm", 3.0, 8.0, 0.45), Kind("tts", 1.0, 3.0, 0.35), Kind("image", 12.0, 15.0, 0.20))
@@ -33,6 +36,7 @@ class Arrival:
     at: float
     consumer: str
     service_seconds: float
+    priority: Priority = Priority.NORMAL
 
 
 @dataclass(slots=True)
@@ -61,7 +65,7 @@ def poisson(kinds: Sequence[Kind], load: float, count: int, seed: int) -> list[A
     at = 0.0
     for kind in draw.choices(kinds, [kind.share for kind in kinds], k=count):
         at += draw.expovariate(rate)
-        found.append(Arrival(at, kind.name, draw.expovariate(1 / kind.service_seconds)))
+        found.append(Arrival(at, kind.name, draw.expovariate(1 / kind.service_seconds), kind.priority))
     return found
 
 

@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl
 from flask import Request
 
 from gpumgr.core.lease import RequestKey
+from gpumgr.core.queue import Priority
 from gpumgr.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from gpumgr.runtime.ticket import Ask
 from gpumgr.web.access import bearer_of
@@ -25,7 +26,17 @@ LARGEST_DROPPED_BYTES = 2**20
 BODY_SECONDS = 5.0
 """A whole body takes no longer: one that stands still or trickles would hold a thread, and renew has only the reserved
 ones."""
-ACQUIRE_FIELDS = ("kind", "consumer", "ttl_seconds", "wait_seconds", "holder", "request_id", "holder_pid")
+ACQUIRE_FIELDS = (
+    "kind",
+    "consumer",
+    "ttl_seconds",
+    "wait_seconds",
+    "holder",
+    "request_id",
+    "holder_pid",
+    "priority",
+    "resume_of",
+)
 LARGEST_PID = 2**22
 """Linux gives none above (proc_sys_kernel(5), pid_max)."""
 RENEW_FIELDS = ("ttl_seconds",)
@@ -43,6 +54,9 @@ def acquire_ask(request: Request) -> Ask:
     request_id = _label(fields, "request_id")
     if request_id == "":
         raise InvalidRequest("request_id must not be empty: use a random UUID", field="request_id")
+    resume_of = _label(fields, "resume_of")
+    if resume_of == "":
+        raise InvalidRequest("resume_of must be the lease_id of a lease that was released", field="resume_of")
     return Ask(
         kind=kind,
         consumer=consumer,
@@ -50,6 +64,8 @@ def acquire_ask(request: Request) -> Ask:
         wait_seconds=_seconds(fields, "wait_seconds", least_exclusive=False),
         holder=holder,
         holder_pid=_pid(fields, "holder_pid"),
+        resume_of=resume_of,
+        priority=None if "priority" not in fields else priority(fields["priority"], "priority"),
         request=RequestKey(bearer_of(request.environ).name, holder, request_id) if request_id is not None else None,
     )
 
@@ -189,6 +205,14 @@ def _pid(fields: Mapping[str, Any], name: str) -> int | None:
             field=name,
         )
     return value
+
+
+def priority(value: object, name: str) -> Priority:
+    """Raises: InvalidRequest."""
+    try:
+        return Priority(str(value))
+    except ValueError:
+        raise InvalidRequest(f"{name} must be one of {', '.join(Priority)}", field=name) from None
 
 
 def _seconds(fields: Mapping[str, Any], name: str, *, least_exclusive: bool) -> float | None:

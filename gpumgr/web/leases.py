@@ -46,6 +46,7 @@ def routes(broker: Broker, places: Places, hang_up: HangUp) -> Blueprint:
                 "consumer_healthy": renewed.healthy,
                 "yield_requested": to is not None,
                 "yield_reason": None if to is None else to.words,
+                "yield_cause": None if to is None else to.cause,
                 "yield_since_at": None if to is None else to.since_at,
                 "intruders": list(renewed.intruders),
             }

@@ -114,12 +114,15 @@ class Waiting:
     position: str
     consumer: str
     holder: str
+    priority: str
     waiting_for: str
     means: str
     waits: str
     until: str
     ends: str
     step: str
+    starts: str
+    """When it may expect its turn."""
 
 
 @dataclass(frozen=True)
@@ -328,12 +331,14 @@ class _Showing:
             position=words.known(waiting.get("position")),
             consumer=words.known(waiting.get("consumer")),
             holder=_label(waiting.get("holder")),
+            priority=plain(waiting.get("priority") or "normal"),
             waiting_for=reason,
             means=words.WAITING_FOR.get(reason, ("", ""))[1],
             waits=span(waiting.get("waiting_seconds")),
             until=words.NOT_KNOWN if left is None else f"{span(left)} more" if left > 0 else "its preparation ends",
             ends=words.clock(waiting.get("deadline_at"), self.now),
-            step=plain(waiting.get("step") or ""),
+            step=plain(waiting.get("reason") or waiting.get("step") or ""),
+            starts=_starts(waiting.get("estimated_wait_seconds")),
         )
 
     # -- consumers and events -------------------------------------------------------------------------------
@@ -494,6 +499,11 @@ def _share(consumer: Facts) -> float | None:
 
 def _truth(value: object, yes: str, no: str, unknown: str) -> str:
     return yes if value is True else no if value is False else unknown
+
+
+def _starts(seconds: object) -> str:
+    found = number(seconds)
+    return words.NOT_KNOWN if found is None else "now" if found < 1 else f"about {span(found, 1)}"
 
 
 def _percent(part: float, of: float) -> float:

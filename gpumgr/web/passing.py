@@ -1,6 +1,6 @@
 """What of a request and of an answer is passed on, and as what.
 
-Owns: targets, headers, and the two headers that are meant for gpumgr. Must not: send anything.
+Owns: targets, headers, and the headers that are meant for gpumgr. Must not: send anything.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from urllib.parse import quote, unquote_to_bytes
 
 from gpumgr.adapters.upstream import Head, Header, Upstream
 from gpumgr.config.free_paths import is_free
+from gpumgr.core.queue import Priority
 from gpumgr.errors import InvalidRequest, NotFound
+from gpumgr.web import body
 
-LEASE, WAIT = "X-GPU-Lease", "X-GPU-Wait"
+LEASE, WAIT, PRIORITY = "X-GPU-Lease", "X-GPU-Wait", "X-GPU-Priority"
 HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"}
     | {"te", "trailer", "transfer-encoding", "upgrade"}
 )
 """RFC 9110 section 7.6.1, and what older clients send."""
-OURS = frozenset({"host", "content-length", "expect", LEASE.lower(), WAIT.lower()})
+OURS = frozenset({"host", "content-length", "expect", LEASE.lower(), WAIT.lower(), PRIORITY.lower()})
 """Written anew, or answered by gunicorn (100-continue), or for gpumgr."""
 GUNICORNS = frozenset({"content-length", "date", "server"})
 """gunicorn 23 writes its own Date and Server, and drops others' (http/wsgi.py and util.py)."""
@@ -43,6 +45,12 @@ def wait_seconds(environ: Environ) -> float | None:
     if not math.isfinite(wanted):
         raise InvalidRequest(f"{WAIT} must be a finite number of seconds, 0 or more", field=WAIT)
     return wanted
+
+
+def priority(environ: Environ) -> Priority | None:
+    """Raises: InvalidRequest."""
+    said = environ.get("HTTP_X_GPU_PRIORITY")
+    return None if said is None else body.priority(said, PRIORITY)
 
 
 def target(environ: Environ, kind: str, upstream: Upstream) -> str:

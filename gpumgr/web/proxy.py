@@ -117,7 +117,8 @@ class _Proxy:
         token = request.environ.get("HTTP_X_GPU_LEASE")
         if token is not None:
             return lambda _: self.broker.call_under_lease(token, kind)
-        ask = Ask(kind=kind, wait_seconds=passing.wait_seconds(request.environ))
+        environ = request.environ
+        ask = Ask(kind=kind, wait_seconds=passing.wait_seconds(environ), priority=passing.priority(environ))
         return None if free else lambda caller: self.broker.call(ask, caller)
 
 

@@ -33,6 +33,10 @@ WAITING_FOR = {
         "preparing",
         "the GPU is being prepared, for it or for another one: health, unloading, proof, loading",
     ),
+    "quantum": (
+        "quantum",
+        "whoever is on the GPU keeps its turn for a while, or usually comes back at once: that saves swaps",
+    ),
     "draining": ("draining", "it has its turn, and work that still runs must end before its memory is taken"),
 }
 HOLD = {
@@ -190,6 +194,12 @@ def _who(facts: _Left) -> str:
     return "a holder without a label" if holder is None else plain(holder)
 
 
+def _urgent(facts: _Left) -> str:
+    """Of a request that is not like most."""
+    priority = facts.pop("priority", None)
+    return f" ({plain(priority)})" if priority in ("interactive", "batch") else ""
+
+
 def _after(facts: _Left, key: str) -> str:
     return f" after {span(facts.pop(key))}" if number(facts.get(key)) is not None else ""
 
@@ -258,19 +268,22 @@ def _work_lost(facts: _Left) -> str:
 
 
 def _refused(would: str, facts: _Left) -> str:
-    after = _after(facts, "waited_seconds")
-    return f"{_who(facts)} {would} refused{after}{_with(': ', facts, 'code')}{_with('; ', facts, 'reason')}"
+    who, after = f"{_who(facts)}{_urgent(facts)}", _after(facts, "waited_seconds")
+    return f"{who} {would} refused{after}{_with(': ', facts, 'code')}{_with('; ', facts, 'reason')}"
 
 
 EVENTS: dict[str, Callable[[_Left], str]] = {
     "start": _start,
     "stop": lambda _: "gpumgr stopped",
-    "grant": lambda facts: f"granted to {_who(facts)}{_after(facts, 'waited_seconds')}",
+    "grant": lambda facts: (
+        f"granted to {_who(facts)}{_urgent(facts)}{_after(facts, 'waited_seconds')}"
+        f"{_with(', who had made way with lease ', facts, 'resumes')}"
+    ),
     "release": lambda facts: f"released by {_who(facts)}{_after(facts, 'held_seconds')}",
     "expire": lambda facts: f"the lease of {_who(facts)} expired{_after(facts, 'held_seconds')}",
     "revoke": _revoke,
     "refuse": lambda facts: _refused("was", facts),
-    "withdraw": lambda facts: f"{_who(facts)} no longer waits{_after(facts, 'waited_seconds')}",
+    "withdraw": lambda facts: f"{_who(facts)}{_urgent(facts)} no longer waits{_after(facts, 'waited_seconds')}",
     "evict": _evict,
     "evict_failed": _evict_failed,
     "proxy_over_budget": lambda facts: (

@@ -61,6 +61,9 @@ class Wanted:
     key: RequestKey | None
     eager: bool
     proxied: bool = False
+    counts_from: float = 0.0
+    """When it came, less the head start of its class."""
+    resumes: bool = False
     callers: list[Caller] = field(default_factory=list)
     turn_at: float | None = None
     over: bool = False

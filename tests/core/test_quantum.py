@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpumgr.core.catalog import Consumer
 from gpumgr.core.quantum import FACTOR, GRACE_SECONDS, Quantum
-from gpumgr.core.queue import Entry, Phase, Policy, Queue, Stay, Turns
+from gpumgr.core.queue import HEAD_START_SECONDS, Entry, Phase, Policy, Priority, Queue, Stay, Turns
 from gpumgr.simulate.bound import beyond_promise
 from gpumgr.simulate.engine import Card, Run
 from gpumgr.simulate.peers import HeadAge
@@ -27,8 +27,8 @@ class Bench:
         self.queue = Queue(catalog(*consumers), policy or Quantum(), lambda _from, _to: SWAP)
         self.now = 0.0
 
-    def ask(self, *names: str) -> list[Entry]:
-        return [self.queue.enter(name, self.now) for name in names]
+    def ask(self, *names: str, priority: Priority = Priority.NORMAL) -> list[Entry]:
+        return [self.queue.enter(name, self.now, priority=priority) for name in names]
 
     def go(self) -> list[str]:
         went = []
@@ -166,7 +166,7 @@ def test_8_one_of_those_that_need_a_swap_goes() -> None:
     line = {"voice": {1: Entry(1, "voice")}, "paint": {2: Entry(2, "paint")}}
     stays = {"chat": Stay(since=0.0, idle_since=1.0)}
     found = Quantum().turns(line, [], catalog(*THREE), 2.0, stays, lambda _from, _to: SWAP)
-    assert found == Turns([Entry(1, "voice")])
+    assert found == Turns([Entry(1, "voice")], due_at={1: 40.0, 2: 40.0})
 
 
 def test_7_a_turn_lasts_however_long_who_waits_has_waited() -> None:
@@ -332,6 +332,46 @@ def test_whoever_was_unloaded_stays_no_more() -> None:
     assert bench.go() == ["voice"]
 
 
+def test_7_who_is_more_urgent_is_due_earlier_by_its_head_start() -> None:
+    bench = Bench(*THREE, policy=Quantum(factor=100.0))
+    bench.ask("chat")
+    assert bench.go() == ["chat"]
+    bench.now = 10 * LONGEST
+    bench.ask("voice", priority=Priority.INTERACTIVE)
+    bench.ask(*["chat"] * 99, priority=Priority.INTERACTIVE)
+    bench.end()
+    assert bench.go() == ["chat"]
+    bench.now += 100 * 2 * SWAP - HEAD_START_SECONDS
+    bench.end()
+    assert bench.go() == ["voice"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "waiting", "seconds"),
+    [
+        (Priority.INTERACTIVE, Priority.NORMAL, 2 * SWAP),
+        (Priority.NORMAL, Priority.BATCH, 2 * SWAP),
+        (Priority.INTERACTIVE, Priority.INTERACTIVE, LONGEST),
+        (Priority.BATCH, Priority.BATCH, LONGEST),
+    ],
+)
+def test_9_a_quantum_is_short_for_who_is_more_urgent(asked: Priority, waiting: Priority, seconds: float) -> None:
+    bench = Bench(*THREE)
+    bench.now = 1000.0
+    bench.ask("chat")
+    assert bench.go() == ["chat"]
+    began = bench.now - min(0.0, (Priority.NORMAL.rank - asked.rank) * HEAD_START_SECONDS)
+    bench.ask("voice", priority=asked)
+    bench.ask(*["chat"] * MANY, priority=waiting)
+    bench.now = began + seconds - 1
+    bench.end()
+    assert bench.go() == ["chat"]
+    bench.ask("chat", priority=waiting)
+    bench.now = began + seconds
+    bench.end()
+    assert bench.go() == ["voice"]
+
+
 # -- the bound ------------------------------------------------------------------------------------------------
 
 SECONDS = st.floats(0.0, 40.0, allow_nan=False).map(lambda seconds: round(seconds, 1))
@@ -341,9 +381,11 @@ SECONDS = st.floats(0.0, 40.0, allow_nan=False).map(lambda seconds: round(second
 def workloads(draw: st.DrawFn) -> tuple[list[Kind], list[Arrival], Quantum]:
     kinds = [Kind(name, draw(SECONDS), 1.0, 1.0) for name in "abcd"[: draw(st.integers(2, 4))]]
     at, arrivals = 0.0, []
+    classes = draw(st.sampled_from([[Priority.NORMAL], list(Priority)]))
     for _ in range(draw(st.integers(1, 60))):
         at += draw(st.sampled_from([0.0, 0.0, 0.5, 3.0, 30.0]))
-        arrivals.append(Arrival(at, draw(st.sampled_from(kinds)).name, draw(SECONDS)))
+        name, priority = draw(st.sampled_from(kinds)).name, draw(st.sampled_from(classes))
+        arrivals.append(Arrival(at, name, draw(SECONDS), priority))
     policy = Quantum(
         quantum_seconds=draw(st.sampled_from([None, None, 0.0, 5.0, 60.0])),
         factor=draw(st.sampled_from([1.0, 6.0])),
@@ -353,8 +395,12 @@ def workloads(draw: st.DrawFn) -> tuple[list[Kind], list[Arrival], Quantum]:
     return kinds, arrivals, policy
 
 
+AT_ONCE = [Kind("a", 0.0, 1.0, 1.0), Kind("b", 10.0, 1.0, 1.0)], [Arrival(0.0, "a", 0.0)] * 2, Quantum()
+
+
 @settings(max_examples=100, deadline=None)
 @given(workloads())
+@example(AT_ONCE)  # the second one ends at the instant at which the first one came
 def test_nobody_waits_longer_than_the_bound(workload: tuple[list[Kind], list[Arrival], Quantum]) -> None:
     kinds, arrivals, policy = workload
     run = Card(policy, kinds).play(arrivals)

@@ -257,7 +257,7 @@ def test_a_victim_serves_again_when_its_unload_call_has_ended() -> None:
             caller = Calling(world, "chat", wait_seconds=10)
             until(lambda: world.waiting() == ["chat"])
             with world.broker.state.lock:
-                assert world.broker.state.queue.begin() == []
+                assert world.broker.state.queue.begin(world.broker.state.now()) == []
                 assert world.broker.state.queue.is_unloading("chat")
         finally:
             gate.set()

@@ -110,7 +110,7 @@ def test_two_hundred_hand_overs_lose_no_wake_up() -> None:
 
 
 def test_they_go_in_the_order_in_which_they_came() -> None:
-    with started(PAINT, CHAT) as world:
+    with started(PAINT, CHAT, policy="fifo") as world:
         lease = world.lease("paint")
         callers = []
         for number, name in enumerate(["chat", "paint", "chat", "chat", "paint"], 1):
@@ -154,7 +154,7 @@ def test_the_deadline_ends_on_time_and_names_the_holder() -> None:
 def test_who_gave_up_lets_those_behind_pass() -> None:
     chat = consumer("chat", 1000, beside=["hear"])
     hear = consumer("hear", 1000, beside=["chat"])
-    with started(PAINT, chat, hear) as world:
+    with started(PAINT, chat, hear, policy="fifo") as world:
         world.lease("chat")
         paint = Calling(world, "paint", wait_seconds=0.3)
         queued(world, 1)

@@ -113,10 +113,15 @@ def waiting(position: int = 1, waiting_for: str = "holder", holder: str | None =
         "position": position,
         "consumer": "chat",
         "holder": holder,
+        "priority": "interactive",
         "waiting_seconds": 75.0,
         "deadline_at": at(45),
         "waiting_for": waiting_for,
         "step": "waiting for its turn",
+        "reason": "imagen has held comfyui for 12 s",
+        "quantum_ends_at": None,
+        "estimated_start_at": at(20),
+        "estimated_wait_seconds": 20.0,
     }
 
 
