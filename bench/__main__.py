@@ -21,6 +21,7 @@ from bench import (
     imagen,
     mixed,
     order,
+    order_http,
     probing,
     proxy,
     renew,
@@ -47,6 +48,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "ghosts": ghosts.run,
     "restart": restart.run,
     "order": order.run,
+    "order_http": order_http.run,
 }
 
 
