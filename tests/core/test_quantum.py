@@ -436,12 +436,19 @@ def workloads(draw: st.DrawFn) -> tuple[list[Kind], list[Arrival], Quantum]:
     return kinds, arrivals, policy
 
 
-AT_ONCE = [Kind("a", 0.0, 1.0, 1.0), Kind("b", 10.0, 1.0, 1.0)], [Arrival(0.0, "a", 0.0)] * 2, Quantum()
+TWO = [Kind("a", 0.0, 1.0, 1.0), Kind("b", 0.0, 1.0, 1.0)]
+AT_ONCE = TWO, [Arrival(0.0, "a", 0.0)] * 2, Quantum()
+HELD = (
+    TWO,
+    [Arrival(0.0, "a", 99.0), Arrival(1.0, "a", 1.0, Priority.INTERACTIVE)],
+    Quantum(factor=1.0, floor_seconds=0.0),
+)
 
 
 @settings(max_examples=100, deadline=None)
 @given(workloads())
 @example(AT_ONCE)  # the second one ends at the instant at which the first one came
+@example(HELD)  # by one that is less urgent
 def test_nobody_waits_longer_than_the_bound(workload: tuple[list[Kind], list[Arrival], Quantum]) -> None:
     kinds, arrivals, policy = workload
     run = Card(policy, kinds).play(arrivals)
