@@ -223,7 +223,7 @@ class State:
         for lease in kept.rebooted:
             facts = {"lease_id": lease.lease_id, "holder": lease.holder, "reason": EndReason.HOST_REBOOT.value}
             self.note("expire", lease.consumer, **facts)
-        self.advance(now)  # their turns have begun
+        self.changes += 1
 
     def _recall_hold(self, event: Mapping[str, Any]) -> None:
         """How long a lease of an earlier life took."""

@@ -104,6 +104,13 @@ def test_why_a_quantum_and_until_when() -> None:
     assert why(bench.queue, paint, 25.0).reason is WaitingFor.HOLDER, "it is due: what runs is all it waits for"
 
 
+def test_who_came_earlier_overtakes_nobody() -> None:
+    bench = Bench()
+    bench.enter("chat", "paint", at=1.0)
+    _, paint = bench.queue.waiting()
+    assert why(bench.queue, paint, 2.0).reason is WaitingFor.HOLDER
+
+
 def test_why_a_linger_and_until_when() -> None:
     bench = lingering()
     bench.enter("paint", at=4.1)
