@@ -75,6 +75,15 @@ def test_who_comes_back_soon_is_waited_for_and_the_watchdog_ends_that(world: Wor
     assert world.begun() == [paint.ticket.seq]
 
 
+def test_nobody_is_refused_for_who_may_come_back(world: World) -> None:
+    quick_visits(world)
+    assert world.grant("paint", wait_seconds=0).granted_at == world.now
+    quick_visits(world)
+    late = world.ask("paint", wait_seconds=0.1)
+    world.prepare()
+    assert late.lease().consumer == "paint"
+
+
 def test_a_running_watchdog_wakes_for_it() -> None:
     with started(CHAT, PAINT) as world:
         for _ in range(4):
