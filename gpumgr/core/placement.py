@@ -15,7 +15,8 @@ Must not: unload, probe, wait or know a clock.
 4. One of them kept its memory: refuse, whether or not the target would fit beside it. Only the driver can take that
    back: the consumer's own word that it is gone is what its unload has just disproved.
 5. It fits: grant.
-6. It does not: unload the least recently used idle resident, one at a time.
+6. It does not: unload idle residents one at a time, of the smallest set that makes room (core/victims.py); where no
+   set does, the least recently used.
 7. Nobody idle is left, but it would fit once the consumers in use are done: wait.
 8. Before any refusal whatever may still help is tried once: idle consumers that hold little (what stayed after an
    earlier unload, which may have become more), then the target itself where it is idle; and the card is read again.
@@ -45,6 +46,7 @@ from typing import Literal
 from gpumgr.core.card import GpuProcess, GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
 from gpumgr.core.outside import Game, Outside, Pause, Stranger
+from gpumgr.core.victims import smallest_set
 from gpumgr.errors import EvictionFailed, GpuUnreadable, GpuYielded, InsufficientVram, Refused
 
 LEFTOVER_SLACK_MIB = 64
@@ -219,15 +221,21 @@ def _make_room(target: Consumer, view: View) -> Decision:
     idle = _idle_residents(target, view) if view.may_unload else []
     if any(name in view.leaving for name in idle):
         return Wait("preparing")
-    for name in idle:  # 6
-        if name not in failed:
-            return Unload((name,), required=False)
+    may_go = [name for name in idle if name not in failed]
+    if may_go:  # 6
+        return Unload((_smallest_set(target, view, may_go) or tuple(may_go))[:1], required=False)
     if would_fit_later(target, view):  # 7
         return Wait("vram", shortfall_mib(target, view), _users(target, view))
     little = _little_ones(target, view) if view.may_unload else ()
     if little:
         return Unload(little, required=False)
     return _before_refusing(target, view) or Refuse(kept_or_insufficient(target, view))
+
+
+def _smallest_set(target: Consumer, view: View, may_go: Sequence[str]) -> tuple[str, ...]:
+    short_mib = {gpu: mib for gpu in target.gpus if (mib := _shortfall_on(target, view, gpu)) > 0}
+    held_mib = {name: {gpu: view.held(name, gpu).held_mib for gpu in short_mib} for name in may_go}
+    return smallest_set(may_go, held_mib, short_mib)
 
 
 def _before_refusing(target: Consumer, view: View) -> Unload | Wait | None:

@@ -5,20 +5,23 @@ or a clock: it is a pure decision over who waits, who holds, who stays, what swa
 
 A **swap** sends away consumers that are on the card for one that may not be there beside them; it costs seconds in
 which the card computes nothing. A request **needs a swap** while a consumer that its own one excludes is on the card.
-Rules of the turn (the numbers stand beside the code; 1 to 5 are those of core/queue.py):
+Rules of the turn (the numbers stand beside the code; 0 to 5 are those of core/queue.py):
 
 6. Within one consumer and class: first come, first served. **Older** is below whoever is ahead by ``Entry.order``.
-7. A request that needs no swap goes ahead of an older one that needs one, until that one is **due**: its quantum has
-   run for it, counted from where it counts as waiting (its arrival, less the head start of its class), or from the
-   beginning of the resident's turn where that is later. Where it needs several gone, it is due when the last of their
-   turns is over: so nobody keeps a card empty for a turn on another one.
+7. A request that needs no swap goes ahead of an older one that needs one, until that one is **due**: the resident has
+   had its quantum since its turn began, and so has the one that waits since it counts as waiting (its arrival, less
+   the head start of its class), which is ``PATIENCE`` times what the swap costs at least. Where it needs several
+   gone, it is due when the last of their turns is over: so nobody keeps a card empty for a turn on another one.
 8. Among those that need a swap nobody overtakes anybody whom they would hold up: when a turn is over, the next one is
    the oldest request's. One that is due is held up by older ones only.
-9. The **quantum** of a pair is so many times what it costs to swap there and back as requests wait for this part of the
-   card, not less than ``LEAST`` times and not more than ``factor`` times: a card that few wait for has time for a
-   swap. A swap there and back counts as ``floor_seconds`` at least, so that a turn covers a few requests. Where
-   somebody has fixed ``quantum_seconds``, that is its most instead. For a request that is more urgent than all that the
-   resident has waiting, it is ``URGENT`` times what the swap costs.
+9. The **quantum** of a pair is a multiple of what it costs to swap there and back, from ``LEAST`` to ``factor`` times.
+   It grows with what is asked of this part of the card: once for each ``WAITING_EACH`` requests that wait, and once
+   for each ``BUSY_EACH_SECONDS`` that it had been busy without a break as the turn began, or the one that waits came;
+   whichever is more. A card that few wait for has time for a swap; one that never rests, be it for two callers who
+   ask again at once, has not. A swap there and back
+   counts as ``floor_seconds`` at least, so that a turn covers a few requests. Where somebody has fixed
+   ``quantum_seconds``, that is its most instead. For a request that is more urgent than the next one for the
+   resident, it is ``URGENT`` times what the swap costs.
 10. A consumer that is idle **lingers** before a swap where it usually comes back soon: for twice the median of its
    last gaps and ``GRACE_SECONDS``, unless that is more than ``LINGER_SHARE`` of the cost of the swap there and back:
    then it would cost more than it saves, and it goes at once. Nobody waits for it who needs no swap, nor longer than
@@ -28,7 +31,7 @@ Rules of the turn (the numbers stand beside the code; 1 to 5 are those of core/q
 **The bound.** On one card, with consumers that all exclude each other, a request waits at most for
 
 - the holds of all who came before it, with a swap for each of them, and its own swap: the worst of first come first
-  served,
+  served (whoever holds already as it comes is among them, however urgent it is itself),
 - and once for each other consumer: its longest quantum, and the hold that runs when that is over.
 
 Why: every turn begins with the oldest request, so that the swaps are no more than the older ones, and a consumer
@@ -49,9 +52,12 @@ from statistics import median
 from gpumgr.core.catalog import Catalog
 from gpumgr.core.queue import Entry, Hold, Line, Stay, SwapSeconds, Turns, blocked, heads, in_order
 
-FACTOR = 6.0
-LEAST = 2.0
+FACTOR = 8.0
+LEAST = 1.0
+PATIENCE = 4.0
 URGENT = 1.0
+WAITING_EACH = 2.0
+BUSY_EACH_SECONDS = 100.0
 FLOOR_SECONDS = 12.0
 LINGER_SHARE = 0.5
 GRACE_SECONDS = 0.2
@@ -114,18 +120,23 @@ class Quantum:
                 continue
             found = True
             cost = round_trip_seconds(name, entry.consumer, swap_seconds)
-            quantum = self._quantum_seconds(entry, name, cost, line, catalog)
-            due_at = max(due_at, max(stay.since, entry.counts_from) + quantum)
+            turn, patience = self._times(entry, name, stay, line, catalog)
+            due_at = max(due_at, stay.since + self.quantum_seconds_of(cost, turn))
+            due_at = max(due_at, entry.counts_from + self.quantum_seconds_of(cost, patience))
             if stay.idle_since is not None:
                 lingers_until = max(lingers_until, stay.idle_since + self.linger_seconds(stay, cost))
         return Swap(due_at, lingers_until) if found else None
 
-    def _quantum_seconds(self, entry: Entry, resident: str, round_trip: float, line: Line, catalog: Catalog) -> float:
-        """How long the resident's turn lasts for this one (9)."""
+    def _times(self, entry: Entry, resident: str, stay: Stay, line: Line, catalog: Catalog) -> tuple[float, float]:
+        """How many times what the swap costs the resident's turn lasts (9), and this one has to wait at least (7)."""
         next_there = next(iter(line.get(resident, {}).values()), None)
         if next_there is not None and entry.priority.rank < next_there.priority.rank:
-            return self.quantum_seconds_of(round_trip, URGENT)
-        return self.quantum_seconds_of(round_trip, max(LEAST, waiting_for_part_of(resident, line, catalog)))
+            return URGENT, URGENT
+        asked = waiting_for_part_of(resident, line, catalog) / WAITING_EACH
+        if stay.since is not None and stay.busy_since is not None:
+            since = max(stay.since, entry.arrived_at)  # and not by now: whoever waits would see the end move away
+            asked = max(asked, (since - stay.busy_since) / BUSY_EACH_SECONDS)
+        return max(LEAST, asked), max(PATIENCE, asked)
 
     def quantum_seconds_of(self, round_trip: float, times: float) -> float:
         """So many times what the swap costs, within what is the most."""

@@ -5,6 +5,11 @@ Must not: know time's passing, memory, HTTP or threads.
 
 Rules of the turn (the numbers stand beside the code):
 
+0. Who is ahead of whom is fixed from the moment they enter: an interactive request counts as having come
+   ``HEAD_START_SECONDS`` earlier, one of batch as much later. So within a class it is first come, first served; a more
+   urgent one goes ahead of those that came shortly before it, and of nobody who has waited for longer than its head
+   start: that is the ageing, and nobody starves. One that resumes counts as having come directly behind the one that
+   it yielded to.
 1. Two requests conflict when their consumers share a GPU and do not coexist.
 2. Requests for one consumer conflict beyond its ``max_concurrency``.
 3. A request has its turn when it conflicts with no holder and with nobody ahead of it: nobody overtakes
@@ -15,12 +20,6 @@ Rules of the turn (the numbers stand beside the code):
    on a card keep the order of arrival.
 
 A request that has its turn becomes a holder at once (``preparing``), so everything decided afterwards counts it.
-
-**Who is ahead** of whom is fixed from the moment they enter (``Entry.order``): an interactive request counts as having
-come ``HEAD_START_SECONDS`` earlier, one of batch as much later. So within a class it is first come, first served; a
-more urgent one goes ahead of those that came shortly before it, and of nobody who has waited for longer than its head
-start: that is the ageing, and nobody starves. One that resumes counts as having come directly behind the one that it
-yielded to.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         head_start = (Priority.NORMAL.rank - self.priority.rank) * HEAD_START_SECONDS
-        order = (self.arrived_at - head_start, self.seq, 0)
+        order = (self.arrived_at - head_start, self.seq, 0)  # 0
         if self.behind is not None:
             order = (*self.behind[:2], self.seq)
         object.__setattr__(self, "order", order)
@@ -120,6 +119,8 @@ class Hold:
 
 
 GAPS_KEPT = 8
+BREAK_SECONDS = 20.0
+"""Callers that ask again think for so long; what was busy before goes on."""
 ORDERS_KEPT = 256
 """So many turns later nobody comes back behind a request that it yielded to."""
 
@@ -129,17 +130,32 @@ class Stay:
     """A consumer on its GPUs, as far as turns know. ``since``: its turn began, as it came onto them or joined those who
     were there; None: it was sent away, or never came. ``idle_since``: nobody holds it nor waits for it; None
     while somebody does. ``gaps``: how many seconds it was idle before each of its last ``GAPS_KEPT`` returns, the
-    oldest first."""
+    oldest first. ``busy_since``: from then on it, or somebody whom it excludes, held or waited, and never
+    for longer than ``BREAK_SECONDS`` nobody; ``break_since``: nobody does; None while somebody does."""
 
     since: float | None = None
     idle_since: float | None = None
     gaps: tuple[float, ...] = ()
+    busy_since: float | None = None
+    break_since: float | None = None
 
     def asked(self, now: float) -> Stay:
         """Somebody asks for it, who is the first since it was idle."""
         if self.idle_since is None:
             return self
-        return Stay(self.since, None, (*self.gaps, max(0.0, now - self.idle_since))[-GAPS_KEPT:])
+        gap = max(0.0, now - self.idle_since)
+        return replace(self, idle_since=None, gaps=(*self.gaps, gap)[-GAPS_KEPT:])
+
+    def busy(self, now: float) -> Stay:
+        """Its part of the card is held or waited for."""
+        if self.busy_since is not None and self.break_since is None:
+            return self
+        over = self.break_since is None or now - self.break_since > BREAK_SECONDS
+        return replace(self, busy_since=now if over else self.busy_since, break_since=None)
+
+    def at_rest(self, now: float) -> Stay:
+        """Nobody holds or waits for its part of the card."""
+        return self if self.break_since is not None else replace(self, break_since=now)
 
 
 Line = Mapping[str, Mapping[int, Entry]]
@@ -247,6 +263,10 @@ def stays_after(
     for name, stay in found.items():
         if stay.since is not None and stay.idle_since is None and name not in held and name not in line:
             found[name] = replace(stay, idle_since=now)
+    asked = held | line.keys()
+    for name, stay in found.items():
+        busy = name in asked or not catalog.excluded[name].isdisjoint(asked)
+        found[name] = stay.busy(now) if busy else stay.at_rest(now)
     return found
 
 

@@ -62,7 +62,7 @@ def beyond_promise(run: Run, policy: Quantum, kinds: Sequence[Kind]) -> int:
     for number, request in enumerate(run.requests):
         at, order = request.arrived_at, request.order
         running = [other for other in running if other.ended_at >= at]  # at the same instant: it ended after this came
-        before = [other for other in running if other.order < order]
+        before = [other for other in running if other.order < order or other.turn_at <= at]
         later = list(_later_and_ahead(run.requests, number))
         work = sum(other.service_seconds + swap for other in (*before, *later))
         turns = [name for name in load if name != request.consumer]

@@ -6,10 +6,10 @@ Owns: the scenes that orders are compared on, and the comparison. Must not: prin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpumgr.core.quantum import Quantum
-from gpumgr.core.queue import Fifo, Policy
+from gpumgr.core.queue import Fifo, Policy, Priority
 from gpumgr.simulate.bound import beyond_promise, least_longest_wait, least_mean_wait
 from gpumgr.simulate.engine import NEVER, Card, Run
 from gpumgr.simulate.figures import Figures, figures_of, mean_of
@@ -41,6 +41,13 @@ class Scene:
 
 def open_loop(load: float, count: int) -> Scene:
     return Scene(f"open loop, load {load:g}", lambda seed: (poisson(CASE, load, count, seed), ()))
+
+
+def urgent(load: float, count: int) -> Scene:
+    """The same requests: voices are interactive, images are batch."""
+    of = {"tts": Priority.INTERACTIVE, "image": Priority.BATCH}
+    kinds = [replace(kind, priority=of.get(kind.name, Priority.NORMAL)) for kind in CASE]
+    return Scene(f"priorities, load {load:g}", lambda seed: (poisson(kinds, load, count, seed), ()))
 
 
 def traced(trace: Sequence[tuple[float, int]], load: float, every: int = 20) -> Scene:

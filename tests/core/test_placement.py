@@ -192,6 +192,15 @@ def test_6_room_is_made_by_the_least_recently_used_idle_resident_one_at_a_time()
     assert decide(TALK, view(gpu(4000), held=held, last_used={"chat": 50.0})) == Unload(("hear",), required=False)
 
 
+def test_6_the_smallest_set_that_makes_room_goes() -> None:
+    held = {"chat": 9000, "hear": 2000}
+    used = {"chat": 50.0, "hear": 40.0}
+    state = view(gpu(1000), held=held, last_used=used)
+    assert decide(TALK, state) == Unload(("chat",), required=False)  # hear was used before, and would not do
+    state = view(gpu(1000), held=held, last_used=used, tried=[kept("chat", 9000)])
+    assert decide(TALK, state) == Unload(("hear",), required=False)  # not enough, but all that is left
+
+
 def test_6_nobody_is_unloaded_where_it_fits() -> None:
     assert decide(TALK, view(gpu(13000), held={"chat": 9000, "hear": 2000})) == Grant()
 

@@ -7,8 +7,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpumgr.core.catalog import Consumer
-from gpumgr.core.quantum import FACTOR, GRACE_SECONDS, Quantum
-from gpumgr.core.queue import HEAD_START_SECONDS, Entry, Phase, Policy, Priority, Queue, Stay, Turns
+from gpumgr.core.quantum import (
+    BUSY_EACH_SECONDS,
+    FACTOR,
+    GRACE_SECONDS,
+    LEAST,
+    PATIENCE,
+    URGENT,
+    WAITING_EACH,
+    Quantum,
+)
+from gpumgr.core.queue import BREAK_SECONDS, HEAD_START_SECONDS, Entry, Phase, Policy, Priority, Queue, Stay, Turns
 from gpumgr.simulate.bound import beyond_promise
 from gpumgr.simulate.engine import Card, Run
 from gpumgr.simulate.peers import HeadAge
@@ -16,8 +25,8 @@ from gpumgr.simulate.workload import Arrival, Kind
 from tests.worlds import catalog, consumer
 
 SWAP = 10.0
-MANY = int(FACTOR)
-LONGEST = MANY * 2 * SWAP
+MANY = int(FACTOR * WAITING_EACH)
+LONGEST = FACTOR * 2 * SWAP
 
 
 class Bench:
@@ -100,6 +109,22 @@ def test_7_a_quantum_is_counted_from_the_arrival_of_who_waits() -> None:
     assert bench.go() == ["voice"]
 
 
+def test_7_a_turn_that_has_just_begun_lasts_for_less_than_who_comes_then_has_to_wait() -> None:
+    assert LEAST < PATIENCE
+    for came_at, seconds in ((0.0, 100.0 + LEAST * 2 * SWAP), (100.0, 100.0 + PATIENCE * 2 * SWAP)):
+        bench = Bench(*THREE, policy=Quantum(floor_seconds=2 * SWAP))
+        bench.queue.stays["chat"] = Stay(since=100.0)
+        bench.now = came_at
+        bench.ask("voice")
+        bench.now = seconds - 1
+        bench.ask("chat")
+        assert bench.go() == ["chat"]
+        bench.end()
+        bench.now = seconds
+        bench.ask("chat")
+        assert bench.go() == ["voice"]
+
+
 def test_7_it_has_to_send_away_the_last_of_several() -> None:
     left, right = consumer("left", gpus=(0,)), consumer("right", gpus=(1,))
     bench = Bench(left, right, consumer("both", gpus=(0, 1)))
@@ -166,7 +191,7 @@ def test_8_one_of_those_that_need_a_swap_goes() -> None:
     line = {"voice": {1: Entry(1, "voice")}, "paint": {2: Entry(2, "paint")}}
     stays = {"chat": Stay(since=0.0, idle_since=1.0)}
     found = Quantum().turns(line, [], catalog(*THREE), 2.0, stays, lambda _from, _to: SWAP)
-    assert found == Turns([Entry(1, "voice")], due_at={1: 40.0, 2: 40.0})
+    assert found == Turns([Entry(1, "voice")], due_at=dict.fromkeys((1, 2), PATIENCE * 2 * SWAP))
 
 
 def test_7_a_turn_lasts_however_long_who_waits_has_waited() -> None:
@@ -211,10 +236,10 @@ def test_who_waits_on_the_card_is_not_idle() -> None:
     [
         (MANY, Quantum(), LONGEST),
         (3 * MANY, Quantum(), LONGEST),
-        (5, Quantum(), 5 * 2 * SWAP),
-        (2, Quantum(), 2 * 2 * SWAP),
-        (MANY, Quantum(factor=1.0), 2 * 2 * SWAP),
-        (MANY, Quantum(floor_seconds=60.0), MANY * 60.0),
+        (int(5 * WAITING_EACH), Quantum(), 5 * 2 * SWAP),
+        (2, Quantum(), PATIENCE * 2 * SWAP),
+        (MANY, Quantum(factor=1.0), 2 * SWAP),
+        (MANY, Quantum(floor_seconds=60.0), FACTOR * 60.0),
         (MANY, Quantum(quantum_seconds=7.0), 7.0),
     ],
 )
@@ -228,6 +253,24 @@ def test_9_a_quantum_follows_the_swaps_and_how_many_wait(waiting: int, policy: Q
     assert bench.go() == ["chat"]
     bench.ask("chat")
     bench.now = seconds
+    bench.end()
+    assert bench.go() == ["voice"]
+
+
+@pytest.mark.parametrize(("rest_seconds", "times"), [(BREAK_SECONDS, 5), (BREAK_SECONDS + 1, PATIENCE), (0.0, FACTOR)])
+def test_9_a_quantum_grows_with_how_long_the_card_has_been_busy(rest_seconds: float, times: float) -> None:
+    bench = Bench(*THREE)
+    began = BUSY_EACH_SECONDS * (5 if rest_seconds else 99)
+    bench.serve("chat", began - rest_seconds - 1)
+    bench.now += rest_seconds
+    bench.serve("chat", 1.0)
+    bench.ask("chat", "voice")
+    assert bench.go() == ["chat"]
+    bench.now = began + times * 2 * SWAP - 1
+    bench.ask("chat", "chat")
+    bench.end()
+    assert bench.go() == ["chat"]
+    bench.now += 1
     bench.end()
     assert bench.go() == ["voice"]
 
@@ -282,7 +325,7 @@ def test_10_nobody_waits_longer_than_until_they_are_due() -> None:
     returns_after(bench, "chat", 5.0, 5.0, 5.0)
     bench.ask("voice")
     assert bench.go() == []
-    assert bench.queue.look_again_at == pytest.approx(bench.now + 3.0 * 2 / MANY)
+    assert bench.queue.look_again_at == pytest.approx(bench.now + 3.0 * PATIENCE / FACTOR)
 
 
 def test_10_a_second_request_of_who_waits_is_no_return() -> None:
@@ -349,25 +392,23 @@ def test_7_who_is_more_urgent_is_due_earlier_by_its_head_start() -> None:
 @pytest.mark.parametrize(
     ("asked", "waiting", "seconds"),
     [
-        (Priority.INTERACTIVE, Priority.NORMAL, 2 * SWAP),
-        (Priority.NORMAL, Priority.BATCH, 2 * SWAP),
+        (Priority.INTERACTIVE, Priority.NORMAL, URGENT * 2 * SWAP),
+        (Priority.NORMAL, Priority.BATCH, URGENT * 2 * SWAP),
+        (Priority.NORMAL, Priority.NORMAL, LONGEST),
         (Priority.INTERACTIVE, Priority.INTERACTIVE, LONGEST),
-        (Priority.BATCH, Priority.BATCH, LONGEST),
+        (Priority.BATCH, Priority.BATCH, LONGEST + HEAD_START_SECONDS),
     ],
 )
 def test_9_a_quantum_is_short_for_who_is_more_urgent(asked: Priority, waiting: Priority, seconds: float) -> None:
     bench = Bench(*THREE)
-    bench.now = 1000.0
-    bench.ask("chat")
+    bench.ask("chat", priority=waiting)
     assert bench.go() == ["chat"]
-    began = bench.now - min(0.0, (Priority.NORMAL.rank - asked.rank) * HEAD_START_SECONDS)
     bench.ask("voice", priority=asked)
     bench.ask(*["chat"] * MANY, priority=waiting)
-    bench.now = began + seconds - 1
+    bench.now = seconds - 1
     bench.end()
     assert bench.go() == ["chat"]
-    bench.ask("chat", priority=waiting)
-    bench.now = began + seconds
+    bench.now = seconds
     bench.end()
     assert bench.go() == ["voice"]
 

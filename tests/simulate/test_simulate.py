@@ -11,10 +11,22 @@ from gpumgr import cli
 from gpumgr.core.quantum import Quantum
 from gpumgr.core.queue import Fifo, Policy
 from gpumgr.simulate.bound import least_longest_wait, least_mean_wait
-from gpumgr.simulate.compare import AFFINITY, FIFO, ORDERS, OURS, compare, one_client_each, open_loop, play, two_agents
+from gpumgr.simulate.compare import (
+    AFFINITY,
+    FIFO,
+    ORDERS,
+    OURS,
+    compare,
+    one_client_each,
+    open_loop,
+    play,
+    two_agents,
+    urgent,
+)
 from gpumgr.simulate.engine import Card
 from gpumgr.simulate.figures import figures_of
 from gpumgr.simulate.peers import HeadAge, SkipLimit
+from gpumgr.simulate.sharing import SHARING, SIZES_MIB, LeastRecentlyUsed, Loads, choices, loads
 from gpumgr.simulate.workload import CASE, Arrival, Kind, from_trace, mean_service_seconds, poisson, read_trace
 
 KINDS = (Kind("chat", 3.0, 8.0, 0.5), Kind("paint", 12.0, 15.0, 0.5))
@@ -108,6 +120,25 @@ def test_who_still_waits_at_the_end_has_waited_so_far() -> None:
     assert figures.seconds == 3600
     assert figures.each["image"].count > figures.served.get("image", 0)
     assert 1800 < figures.each["image"].longest <= 3600
+
+
+def test_choices_of_victims_differ_as_they_say() -> None:
+    requests = ["tts", "embed", "llm", "stt", "image", "tts", "embed", "llm"]
+    found = {name: loads(requests, SHARING, 20_000, choice()) for name, choice in choices(SHARING).items()}
+    assert {name: (each.seconds * 8, each.loads * 8, each.unloads * 8) for name, each in found.items()} == {
+        "least recently used": (24, 8, 5),  # the image sends away all but stt: all come back
+        "smallest set": (22, 6, 2),  # the llm alone goes for the image, and the image for it
+        "greedy dual size": (22, 6, 5),  # the llm as well; and for it all others, as they cost less for their size
+    }
+    assert loads(["stt"] * 4, SHARING, SIZES_MIB["stt"], LeastRecentlyUsed()) == Loads(0.5, 0.25, 0.0)
+
+
+def test_urgent_voices_wait_less_and_nobody_beyond_the_bound() -> None:
+    ours = {OURS: ORDERS[OURS]}
+    without, found = (compare(scene(0.5, 600), [1], ours)[OURS] for scene in (open_loop, urgent))
+    assert found.each["tts"].p95 < 0.7 * without.each["tts"].p95
+    assert found.each["image"].count == without.each["image"].count
+    assert not found.beyond_promise
 
 
 def test_the_command_prints_a_table_and_writes_what_it_found(
