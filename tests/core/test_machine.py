@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 
 from gpumgr.core.card import Reading
 from gpumgr.core.lease import Call, Lease, RequestKey
+from gpumgr.core.quantum import FACTOR, FLOOR_SECONDS
 from gpumgr.core.queue import Priority, WaitingFor
 from gpumgr.errors import (
     ConsumerUnhealthy,
@@ -1092,7 +1093,7 @@ class QuantumMachine(BrokerMachine):
     at which somebody looks."""
 
     policy = "quantum"
-    LONGEST_WAIT = 6 * 12.0
+    LONGEST_WAIT = FACTOR * FLOOR_SECONDS
     """Of anybody for a quantum: no swap is known here, and a swap there and back counts as so long."""
 
     @precondition(lambda self: self.again_at() is not None)

@@ -9,7 +9,7 @@ import pytest
 from gpumgr.config import SchedulingSettings
 from gpumgr.core.lease import Lease
 from gpumgr.core.ledger import Observation, Unloaded
-from gpumgr.core.quantum import UNKNOWN_SWAP_SECONDS, Quantum
+from gpumgr.core.quantum import FLOOR_SECONDS, PATIENCE, UNKNOWN_SWAP_SECONDS, Quantum
 from gpumgr.core.queue import Fifo, Priority
 from gpumgr.core.resuming import KEPT, Resuming
 from gpumgr.errors import ConsumerUnhealthy
@@ -20,8 +20,8 @@ from gpumgr.runtime.ticket import Ask
 from tests.worlds import Caller, Calling, World, catalog, consumer, started
 
 CHAT, PAINT = consumer("chat", 9000), consumer("paint", 14000)
-QUANTUM = 2 * 12.0
-"""While two wait, and no swap was seen yet."""
+QUANTUM = PATIENCE * FLOOR_SECONDS
+"""While few wait, and no swap was seen yet."""
 
 
 @pytest.fixture
@@ -77,7 +77,9 @@ def test_who_comes_back_soon_is_waited_for_and_the_watchdog_ends_that(world: Wor
 
 def test_nobody_is_refused_for_who_may_come_back(world: World) -> None:
     quick_visits(world)
-    assert world.grant("paint", wait_seconds=0).granted_at == world.now
+    lease = world.grant("paint", wait_seconds=0)
+    assert lease.granted_at == world.now
+    world.broker.release(lease.token)
     quick_visits(world)
     late = world.ask("paint", wait_seconds=0.1)
     world.prepare()
@@ -105,11 +107,11 @@ def test_a_quantum_follows_what_was_learned_of_swaps(world: World) -> None:
     assert ledger.pair_seconds("chat", "paint") == 10.0
     token = world.grant("chat", loaded=True).token
     paint = world.ask("paint")
-    world.pass_time(2 * QUANTUM / 1.2 - 10)  # two times there and back are 40 s by now
+    world.pass_time(QUANTUM + 1)
     chat = world.ask("chat")
     world.broker.release(token)
     token = goes_on(world, chat)
-    world.pass_time(11)
+    world.pass_time(PATIENCE * 20.0 - QUANTUM)
     world.ask("chat")
     world.broker.release(token)
     assert goes_on(world, paint)
