@@ -1016,7 +1016,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_went_wrong_elsewhere(self) -> None:
-        assert self.wrong == []
+        assert self.wrong == [], self.wrong
 
     @invariant()
     def holders_do_not_conflict(self) -> None:
@@ -1155,7 +1155,8 @@ class QuantumMachine(BrokerMachine):
         assert again_at is None or self.now < again_at <= self.now + self.LONGEST_WAIT
         ahead, taken = self.holding(), {gpu for w in self.preparing() for gpu in SIZES[w.name]}
         for wanted in self.waiting():
-            if not blocked(wanted.name, ahead) and taken.isdisjoint(SIZES[wanted.name]):
+            beside = any(conflicts(wanted.name, other.name) for other in self.waiting() if other is not wanted)
+            if not ahead or (not beside and not blocked(wanted.name, ahead) and taken.isdisjoint(SIZES[wanted.name])):
                 assert again_at is not None, f"{wanted.name} waits for nobody, and nobody will look again"
 
 
