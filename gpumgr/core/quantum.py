@@ -24,8 +24,9 @@ Rules of the turn (the numbers stand beside the code; 0 to 5 are those of core/q
    resident, it is ``URGENT`` times what the swap costs.
 10. A consumer that is idle **lingers** before a swap where it usually comes back soon: for twice the median of its
    last gaps and ``GRACE_SECONDS``, unless that is more than ``LINGER_SHARE`` of the cost of the swap there and back:
-   then it would cost more than it saves, and it goes at once. Nobody waits for it who needs no swap, nor longer than
-   until they are due.
+   then it would cost more than it saves, and it goes at once; so it does where nobody knows yet what a swap costs, as
+   an idle card is certain and the saving is not. Nobody waits for it who needs no swap, nor longer than until they are
+   due.
 11. Who joins others on the card joins their turn, so that the quanta of coexisting consumers do not add up.
 
 **The bound.** On one card, with consumers that all exclude each other, a request waits at most for
@@ -123,7 +124,7 @@ class Quantum:
             turn, patience = self._times(entry, name, stay, line, catalog)
             due_at = max(due_at, stay.since + self.quantum_seconds_of(cost, turn))
             due_at = max(due_at, entry.counts_from + self.quantum_seconds_of(cost, patience))
-            if stay.idle_since is not None:
+            if stay.idle_since is not None and _is_known(name, entry.consumer, swap_seconds):
                 lingers_until = max(lingers_until, stay.idle_since + self.linger_seconds(stay, cost))
         return Swap(due_at, lingers_until) if found else None
 
@@ -169,6 +170,10 @@ def waiting_for_part_of(resident: str, line: Line, catalog: Catalog) -> int:
     """How many wait for this consumer, or for it to go."""
     excluded = catalog.excluded[resident]
     return sum(len(entries) for name, entries in line.items() if name == resident or name in excluded)
+
+
+def _is_known(resident: str, other: str, swap_seconds: SwapSeconds) -> bool:
+    return swap_seconds(resident, other) is not None and swap_seconds(other, resident) is not None
 
 
 def round_trip_seconds(resident: str, other: str, swap_seconds: SwapSeconds) -> float:

@@ -66,6 +66,7 @@ class Outlook:
     def _row(self, each: _Waiting, found: Why, place: int, start_at: float | None) -> dict[str, Any]:
         return {
             **each.facts,
+            "deadline_at": self._shown(each.facts["deadline_at"]),
             "waiting_for": found.reason.value,
             "reason": self._words(each, found, place),
             "quantum_ends_at": None if found.until is None else self._shown(found.until),
@@ -89,7 +90,7 @@ def _waiting(state: State, ticket: Ticket, now: float) -> _Waiting:
         "holder": ticket.holder,
         "priority": ticket.entry.priority.value,
         "waiting_seconds": round(now - ticket.entered_at, 3),
-        "deadline_at": state.shown(ticket.deadline),
+        "deadline_at": ticket.deadline,
         "step": ticket.step,
     }
     prepared = ticket.prepare_limit is not None

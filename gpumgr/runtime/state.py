@@ -21,6 +21,7 @@ from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
 from gpumgr.core.following import Followed
 from gpumgr.core.lease import Call, Claim, EndReason, Lease, LeaseBook, RequestKey
 from gpumgr.core.ledger import Sight, keeping_promises, sized
+from gpumgr.core.outlook import why
 from gpumgr.core.outside import Game, Outside, Pause
 from gpumgr.core.placement import (
     Decision,
@@ -229,7 +230,7 @@ class State:
         for lease in kept.rebooted:
             facts = {"lease_id": lease.lease_id, "holder": lease.holder, "reason": EndReason.HOST_REBOOT.value}
             self.note("expire", lease.consumer, **facts)
-        self.advance(now)  # their turns have begun
+        self.changes += 1
 
     def _recall_hold(self, event: Mapping[str, Any]) -> None:
         """How long a lease of an earlier life took."""
@@ -443,6 +444,18 @@ class State:
         if ask.request is not None:
             self.by_request[ask.request] = ticket
         return ticket
+
+    def end_lingers(self, ticket: Ticket, now: float) -> bool:
+        """Whether it would be refused on a card that is idle: its time is over before somebody else is believed not to
+        come back. A swap that may be needless is less than a refusal that is."""
+        if ticket.restoring or not self.queue.is_waiting(ticket.entry):
+            return False
+        found = why(self.queue, ticket.entry, now)
+        if not found.lingers or found.until is None or found.until < ticket.deadline:
+            return False
+        for name in found.whose:
+            self.queue.end_stay(name)
+        return True
 
     def make_way(self, consumer: Consumer) -> None:
         """Somebody asks: what housekeeping brings back on those GPUs can wait."""

@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 
 from gpumgr.core.card import Reading
 from gpumgr.core.lease import Call, Lease, RequestKey
+from gpumgr.core.quantum import FACTOR, FLOOR_SECONDS
 from gpumgr.core.queue import Priority, WaitingFor
 from gpumgr.errors import (
     ConsumerUnhealthy,
@@ -1017,7 +1018,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_went_wrong_elsewhere(self) -> None:
-        assert self.wrong == []
+        assert self.wrong == [], self.wrong
 
     @invariant()
     def holders_do_not_conflict(self) -> None:
@@ -1094,7 +1095,7 @@ class QuantumMachine(BrokerMachine):
     at which somebody looks."""
 
     policy = "quantum"
-    LONGEST_WAIT = 6 * 12.0
+    LONGEST_WAIT = FACTOR * FLOOR_SECONDS
     """Of anybody for a quantum: no swap is known here, and a swap there and back counts as so long."""
 
     @precondition(lambda self: self.again_at() is not None)
@@ -1156,7 +1157,8 @@ class QuantumMachine(BrokerMachine):
         assert again_at is None or self.now < again_at <= self.now + self.LONGEST_WAIT
         ahead, taken = self.holding(), {gpu for w in self.preparing() for gpu in SIZES[w.name]}
         for wanted in self.waiting():
-            if not blocked(wanted.name, ahead) and taken.isdisjoint(SIZES[wanted.name]):
+            beside = any(conflicts(wanted.name, other.name) for other in self.waiting() if other is not wanted)
+            if not ahead or (not beside and not blocked(wanted.name, ahead) and taken.isdisjoint(SIZES[wanted.name])):
                 assert again_at is not None, f"{wanted.name} waits for nobody, and nobody will look again"
 
 

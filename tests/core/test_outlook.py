@@ -8,7 +8,7 @@ import pytest
 
 from gpumgr.core.catalog import Consumer
 from gpumgr.core.outlook import Expected, forecast, why
-from gpumgr.core.quantum import Quantum
+from gpumgr.core.quantum import FLOOR_SECONDS, PATIENCE, Quantum
 from gpumgr.core.queue import Fifo, Phase, Policy, Queue, WaitingFor
 from tests.worlds import catalog, consumer
 
@@ -47,7 +47,7 @@ def test_a_place_and_a_time_as_the_order_will_have_it() -> None:
 
 
 def test_who_is_due_goes_before_those_who_overtook_it() -> None:
-    bench = Bench(policy=Quantum(quantum_seconds=12.0))
+    bench = Bench(policy=Quantum(quantum_seconds=24.0))
     bench.enter("paint", *["chat"] * 5, at=1.0)
     places = [each.place for each in bench.foreseen(2.0)]
     assert places == [2, 1, 3, 4, 5, 6]
@@ -99,9 +99,16 @@ def test_why_a_quantum_and_until_when() -> None:
     (paint,) = bench.queue.waiting()
     assert why(bench.queue, paint, 1.0).reason is WaitingFor.HOLDER, "nobody overtakes it yet"
     bench.enter("chat", at=2.0)
-    found = why(bench.queue, paint, 2.0)
-    assert (found.reason, found.until, found.whose, found.lingers) == (WaitingFor.QUANTUM, 25.0, ("chat",), False)
-    assert why(bench.queue, paint, 25.0).reason is WaitingFor.HOLDER, "it is due: what runs is all it waits for"
+    found, due_at = why(bench.queue, paint, 2.0), 1.0 + PATIENCE * FLOOR_SECONDS
+    assert (found.reason, found.until, found.whose, found.lingers) == (WaitingFor.QUANTUM, due_at, ("chat",), False)
+    assert why(bench.queue, paint, due_at).reason is WaitingFor.HOLDER, "it is due: what runs is all it waits for"
+
+
+def test_who_came_earlier_overtakes_nobody() -> None:
+    bench = Bench()
+    bench.enter("chat", "paint", at=1.0)
+    _, paint = bench.queue.waiting()
+    assert why(bench.queue, paint, 2.0).reason is WaitingFor.HOLDER
 
 
 def test_why_a_linger_and_until_when() -> None:

@@ -11,12 +11,13 @@ import pytest
 import requests
 
 from gpumgr.client import Gpu
+from gpumgr.core.quantum import FACTOR, PATIENCE
 from gpumgr.sim.stage import Stage
 from tests.brokers import RunningBroker
 from tests.waiting import until
 
-QUANTUM_SECONDS = 9.0
-WHILE_TWO_WAIT = QUANTUM_SECONDS / 3
+QUANTUM_SECONDS = 6.0
+WHILE_FEW_WAIT = QUANTUM_SECONDS * PATIENCE / FACTOR
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_the_resident_keeps_its_turn_until_its_quantum_is_over(broker: RunningBr
     token = token_of(second)
     assert set(waiting(broker)) == {"imagen"}
     third = ask("late", kind="llm")
-    until(lambda: waiting(broker)["imagen"]["waiting_seconds"] > WHILE_TWO_WAIT, 10)
+    until(lambda: waiting(broker)["imagen"]["waiting_seconds"] > WHILE_FEW_WAIT, 10)
     broker.release(token)
     token = token_of(image)
     assert set(waiting(broker)) == {"late"}

@@ -9,19 +9,19 @@ import pytest
 from gpumgr.config import SchedulingSettings
 from gpumgr.core.lease import Lease
 from gpumgr.core.ledger import Observation, Unloaded
-from gpumgr.core.quantum import UNKNOWN_SWAP_SECONDS, Quantum
+from gpumgr.core.quantum import FLOOR_SECONDS, PATIENCE, UNKNOWN_SWAP_SECONDS, Quantum
 from gpumgr.core.queue import Fifo, Priority
 from gpumgr.core.resuming import KEPT, Resuming
 from gpumgr.errors import ConsumerUnhealthy
-from gpumgr.runtime.broker import order_of
+from gpumgr.runtime.broker import Broker, order_of
 from gpumgr.runtime.ports import Kept
 from gpumgr.runtime.snapshot import snapshot
 from gpumgr.runtime.ticket import Ask
-from tests.worlds import Caller, Calling, World, catalog, consumer, started
+from tests.worlds import Caller, Calling, Stand, World, catalog, consumer, started
 
 CHAT, PAINT = consumer("chat", 9000), consumer("paint", 14000)
-QUANTUM = 2 * 12.0
-"""While two wait, and no swap was seen yet."""
+QUANTUM = PATIENCE * FLOOR_SECONDS
+"""While few wait, and no swap was seen yet."""
 
 
 @pytest.fixture
@@ -29,8 +29,16 @@ def world() -> World:
     return World(catalog(CHAT, PAINT), totals_mib=[16000])
 
 
+def learn_swaps(world: Stand, broker: Broker, reload_seconds: float = 3.0) -> None:
+    for name in ("chat", "paint"):
+        ledger, of = broker.state.ledger, world.catalog.consumers[name]
+        ledger._enter(of, Unloaded("", 9000, 300, 2.0, share=1.0))
+        ledger._enter(of, Observation("", {0: 1}, {0: 1}, reload_seconds=reload_seconds))
+
+
 def quick_visits(world: World, count: int = 3) -> None:
     """So that it is known to come back soon."""
+    learn_swaps(world, world.broker)
     for _ in range(count):
         world.broker.release(world.grant("chat", loaded=True).token)
         world.pass_time(0.1)
@@ -64,6 +72,13 @@ def test_nobody_waits_for_a_turn_that_nobody_uses(world: World) -> None:
     assert world.grant("paint").granted_at == world.now
 
 
+def test_nobody_is_waited_for_where_nobody_knows_what_that_saves(world: World) -> None:
+    for _ in range(3):
+        world.broker.release(world.grant("chat", loaded=True).token)
+        world.pass_time(0.1)
+    assert world.grant("paint").granted_at == world.now
+
+
 def test_who_comes_back_soon_is_waited_for_and_the_watchdog_ends_that(world: World) -> None:
     quick_visits(world)
     world.broker.release(world.grant("chat").token)
@@ -75,8 +90,20 @@ def test_who_comes_back_soon_is_waited_for_and_the_watchdog_ends_that(world: Wor
     assert world.begun() == [paint.ticket.seq]
 
 
+def test_nobody_is_refused_for_who_may_come_back(world: World) -> None:
+    quick_visits(world)
+    lease = world.grant("paint", wait_seconds=0)
+    assert lease.granted_at == world.now
+    world.broker.release(lease.token)
+    quick_visits(world)
+    late = world.ask("paint", wait_seconds=0.1)
+    world.prepare()
+    assert late.lease().consumer == "paint"
+
+
 def test_a_running_watchdog_wakes_for_it() -> None:
     with started(CHAT, PAINT) as world:
+        learn_swaps(world, world.broker)
         for _ in range(4):
             world.broker.release(world.lease("chat").token)
             world.services["chat"].take()
@@ -90,17 +117,15 @@ def test_a_running_watchdog_wakes_for_it() -> None:
 def test_a_quantum_follows_what_was_learned_of_swaps(world: World) -> None:
     ledger = world.broker.state.ledger
     assert ledger.pair_seconds("chat", "paint") is None
-    for name in ("chat", "paint"):
-        ledger._enter(world.catalog.consumers[name], Unloaded("", 9000, 300, 2.0, share=1.0))
-        ledger._enter(world.catalog.consumers[name], Observation("", {0: 1}, {0: 1}, reload_seconds=8.0))
+    learn_swaps(world, world.broker, reload_seconds=8.0)
     assert ledger.pair_seconds("chat", "paint") == 10.0
     token = world.grant("chat", loaded=True).token
     paint = world.ask("paint")
-    world.pass_time(2 * QUANTUM / 1.2 - 10)  # two times there and back are 40 s by now
+    world.pass_time(QUANTUM + 1)
     chat = world.ask("chat")
     world.broker.release(token)
     token = goes_on(world, chat)
-    world.pass_time(11)
+    world.pass_time(PATIENCE * 20.0 - QUANTUM)
     world.ask("chat")
     world.broker.release(token)
     assert goes_on(world, paint)

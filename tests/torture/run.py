@@ -63,6 +63,7 @@ def _recorded(recorder: Recorder, directory: Path, plan: Plan, mutant: str | Non
 def _config(stage: Stage, directory: Path) -> dict[str, Any]:
     config = stage.config(state_dir=directory / "state")
     config["lease"] = {"min_ttl_seconds": 1}
+    config["scheduling"] = {"policy": "fifo"}  # whose order can be told from outside: R6
     config["consumers"] = {name: config["consumers"][name] | {"can_coexist_with": []} for name in CONSUMERS}
     config["routing"] = {kind: name for kind, name in config["routing"].items() if name in CONSUMERS}
     return config
