@@ -48,6 +48,7 @@ def consumer(
     at_once: int = 1,
     residual_mib: int = 768,
     unload_timeout_seconds: float = 1.0,
+    pinned: bool = False,
 ) -> Consumer:
     sizes = (size_mib,) * len(gpus) if isinstance(size_mib, int) else size_mib
     return Consumer(
@@ -61,6 +62,7 @@ def consumer(
         can_coexist_with=frozenset(beside),
         max_concurrency=at_once,
         unload_timeout_seconds=unload_timeout_seconds,
+        pinned=pinned,
     )
 
 

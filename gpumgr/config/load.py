@@ -106,6 +106,7 @@ def _settings(file: Path, document: object, environ: Mapping[str, str], tokens: 
     settings = {s.name: s for _, s in parsed}
     rest = {name: consumer.rest for name, consumer in settings.items()}
     _require_ways_back(settings)
+    _require_pinned_stay(catalog, settings)
     warnings = tuple(_warnings(catalog, settings))
     return Settings(file, server, gpu, lease, scheduling, catalog, settings, warnings, proxy, rest)
 
@@ -277,6 +278,7 @@ def _consumer(name: str, consumers: Section, environ: Mapping[str, str]) -> tupl
         residual_mib=section.take("residual_mib", check.whole(0), RESIDUAL_MIB.get(dialect, 768)),
         can_coexist_with=frozenset(section.take("can_coexist_with", check.texts, no_texts)),
         max_concurrency=section.take("max_concurrency", check.whole(1), 1),
+        pinned=section.take("pinned", access.truth, False),
         unload_timeout_seconds=settings.unload.timeout_seconds or 30,
     )
     section.done()
@@ -305,6 +307,14 @@ def _require_ways_back(settings: Mapping[str, ConsumerSettings]) -> None:
                     f"consumers.{name}.{key} needs a load call: write load: {{path: …, json: …}}, the request that "
                     "loads it"
                 )
+
+
+def _require_pinned_stay(catalog: Catalog, settings: Mapping[str, ConsumerSettings]) -> None:
+    for name, consumer in settings.items():
+        if catalog.consumers[name].pinned and consumer.rest.idle_unload_seconds:
+            raise ConfigError(
+                f"consumers.{name}.idle_unload_seconds unloads it when it is idle, and pinned keeps it there: keep one"
+            )
 
 
 def _dialect(where: str, value: Any) -> str:

@@ -35,6 +35,8 @@ class Consumer:
     residual_mib: int = 768
     can_coexist_with: frozenset[str] = frozenset()
     max_concurrency: int = 1
+    pinned: bool = False
+    """It is unloaded last, and for a lease alone."""
     unload_timeout_seconds: float = 30.0
     retired: bool = False
     """It has left the configuration, and a lease of it has not ended yet: nobody else is granted it."""
