@@ -483,10 +483,13 @@ def keeps_out(target: Consumer, view: View) -> GpuYielded | None:
 
 
 def _beside_strangers(view: View, gpu: GpuRef) -> int:
+    return beside_strangers_mib(_gpu(view, gpu), view.headroom_mib, view.outside)
+
+
+def beside_strangers_mib(gpu: GpuReading, headroom_mib: int, outside: Outside) -> int:
     """What could be lent of this GPU if every consumer were gone."""
-    read = _gpu(view, gpu)
-    strangers = sum(process.used_mib or 0 for process in read.untracked)
-    return read.total_mib - view.headroom_mib - strangers - view.kept_mib(gpu)
+    strangers = sum(process.used_mib or 0 for process in gpu.untracked)
+    return gpu.total_mib - headroom_mib - strangers - outside.kept_mib(gpu)
 
 
 def yielded(target: Consumer, to: Pause | Game, view: View) -> GpuYielded:

@@ -5,7 +5,8 @@ Must not: know time's passing, memory, HTTP or threads.
 
 Rules of the turn (the numbers stand beside the code):
 
-1. Two requests conflict when their consumers share a GPU and do not coexist.
+1. Two requests conflict when their consumers share a GPU and do not coexist; some also where their sizes do not fit
+   together (core/sharing.py).
 2. Requests for one consumer conflict beyond its ``max_concurrency``.
 3. A request has its turn when it conflicts with no holder and with nobody ahead of it: nobody overtakes
    someone they would hold up.
@@ -26,6 +27,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
+from gpumgr.core.sharing import crowded, holds_up, leaving_for
 
 
 class Phase(StrEnum):
@@ -169,10 +171,11 @@ def stays_after(
         stay = found.get(name, Stay())
         if stay.since is None:
             beside = []
+            leaving = leaving_for(name, on_card(found), catalog)
             for other, its in found.items():
                 if its.since is not None and catalog.exclude(name, other):
                     found[other] = replace(its, since=None)
-                elif its.since is not None and catalog.share_gpu(name, other):
+                elif its.since is not None and catalog.share_gpu(name, other) and other not in leaving:
                     beside.append(its.since)
             found[name] = replace(stay, since=min(beside, default=now), idle_since=None)
         elif stay.idle_since is not None:
@@ -187,7 +190,22 @@ def blocked(consumer: str, ahead: Mapping[str, int], catalog: Catalog) -> bool:
     """Whether one more request for this consumer conflicts with ``ahead`` (consumer → how many)."""
     if ahead.get(consumer, 0) >= catalog.consumers[consumer].max_concurrency:  # 2
         return True
-    return any(count and catalog.exclude(consumer, other) for other, count in ahead.items())  # 1
+    there = [other for other, count in ahead.items() if count]
+    return any(catalog.exclude(consumer, other) for other in there) or crowded(consumer, there, catalog)  # 1
+
+
+def on_card(stays: Mapping[str, Stay]) -> list[str]:
+    """Those who stay, in the order in which they would go: who is idle for the longest time first."""
+    there = [(name, stay.idle_since) for name, stay in stays.items() if stay.since is not None]
+    return [name for name, idle in sorted(there, key=lambda each: float("inf") if each[1] is None else each[1])]
+
+
+def swapped_out(consumer: str, stays: Mapping[str, Stay], catalog: Catalog) -> list[str]:
+    """Who has to leave the card for a request: all that its consumer excludes, and by size as many as it takes."""
+    found = [name for name in catalog.excluded[consumer] if name in stays and stays[name].since is not None]
+    if catalog.mates[consumer]:
+        found += leaving_for(consumer, [name for name in on_card(stays) if name not in found], catalog)
+    return found
 
 
 class Queue:
@@ -306,7 +324,8 @@ class Queue:
         return sorted(entries, key=lambda entry: entry.seq)
 
     def held_up_by(self, hold: Hold) -> int:
-        """How many waiting requests this hold alone would be enough to keep waiting."""
+        """How many waiting requests this hold alone would be enough to keep waiting, or keeps waiting by its size, with
+        others."""
         return sum(len(queued) for name, queued in self._line.items() if self._holds_up(hold, name))
 
     def behind(self, hold: Hold) -> int:
@@ -317,7 +336,12 @@ class Queue:
     def _holds_up(self, hold: Hold, consumer: str) -> bool:
         if consumer == hold.consumer:
             return len(self.holds_of(consumer)) >= self.catalog.consumers[consumer].max_concurrency
-        return self.catalog.exclude(consumer, hold.consumer)
+        return self.catalog.exclude(consumer, hold.consumer) or self._crowds(hold, consumer)
+
+    def _crowds(self, hold: Hold, consumer: str) -> bool:
+        """Whether it is one of those whose sizes together leave no room for this consumer."""
+        holders = (each.consumer for each in self._holds.values())
+        return holds_up(hold.consumer, consumer, holders, self.catalog)
 
     def why(self, entry: Entry) -> WaitingFor:
         """What this entry of the line waits for: the first that applies of holder, ahead, preparing."""
@@ -349,5 +373,6 @@ class Queue:
             for hold in self._holds.values()
             if (hold.consumer == consumer.name and full)
             or self.catalog.exclude(consumer.name, hold.consumer)
+            or self._crowds(hold, consumer.name)
             or (hold.phase is Phase.PREPARING and overlap(slots, hold.gpus))
         ]

@@ -32,12 +32,14 @@ from gpumgr.core.placement import (
     View,
     Wait,
     assess,
+    beside_strangers_mib,
     decide,
     decide_call,
     keeps_out,
     promised_mib,
 )
 from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
+from gpumgr.core.sharing import intrudes
 from gpumgr.errors import GpumgrError, RequestEnded
 from gpumgr.runtime.ledger import Ledger
 from gpumgr.runtime.ports import Clock, Kept, KeptLease, Total
@@ -257,14 +259,22 @@ class State:
         for name, consumer in catalog.consumers.items():
             promised = [each for each in self._promises.values() if each.name == name]
             consumers[name] = keeping_promises(sized(consumer, self.ledger.account(name), lends), promised)
-        return replace(catalog, consumers=consumers)
+        return replace(catalog, consumers=consumers, lends_mib=self._lends())
+
+    def _lends(self) -> dict[GpuRef, int]:
+        """What each card has for consumers that coexist by size, beside its strangers."""
+        if not any(consumer.by_size for consumer in self._configured.consumers.values()):
+            return {}
+        read = self.readable.items()
+        return {ref: max(0, beside_strangers_mib(gpu, self._headroom_mib, self.outside)) for ref, gpu in read}
 
     def _size_anew(self) -> None:
         """A size that has changed is in force from the next decision on."""
-        if not any(consumer.auto for consumer in self._configured.consumers.values()):
+        if not any(consumer.auto or consumer.by_size for consumer in self._configured.consumers.values()):
             return
         promised = [seq for seq in self._promises if seq in self.queue.holds]
-        derived_from = (self.ledger.changes, promised, [(ref, gpu.total_mib) for ref, gpu in self.readable.items()])
+        totals = [(ref, gpu.total_mib) for ref, gpu in self.readable.items()]
+        derived_from = (self.ledger.changes, promised, totals, self._lends())
         if derived_from == self._sized_by:
             return
         self._sized_by = derived_from
@@ -747,16 +757,23 @@ class State:
             elif remembered.resident_since is None:
                 remembered.resident_since = reading.read_at
                 remembered.wanted_back = False
-        self._note_intruders(resident)
+        self._note_intruders(resident, holdings)
 
-    def _note_intruders(self, resident: set[str]) -> None:
+    def _note_intruders(self, resident: set[str], holdings: Mapping[tuple[str, GpuRef], Holding]) -> None:
         """Only where others are unloaded for a lease: else they may have been there before it."""
         held = {hold.consumer for hold in self.queue.holds.values()}
         strays = resident - held - {name for name in resident if self.queue.is_unloading(name)}
         strays = strays if self.may_unload else set()
+        there = {pair: holding.held_mib for pair, holding in holdings.items() if pair[0] in strays}
+        granted = {hold.consumer for hold in self.queue.holds.values() if hold.phase is not Phase.PREPARING}
         before, self.intruders = self.intruders, {}
         for lease in self.leases:
-            found = frozenset(name for name in strays if self.catalog.exclude(name, lease.consumer))
+            found = frozenset(
+                name
+                for name in strays
+                if self.catalog.exclude(name, lease.consumer)
+                or intrudes(name, lease.consumer, granted, there, self.catalog)
+            )
             if found:
                 self.intruders[lease.seq] = found
             for name in sorted(found - before.get(lease.seq, frozenset())):
