@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
@@ -223,6 +224,15 @@ class Queue:
         self._holds: dict[int, Hold] = {}
         self._unloading: dict[str, int] = {}
         self._seq = 0
+
+    def copy(self) -> Queue:
+        """As it is now, for whoever wants to know what would come of something. The policy is shared, as it is pure."""
+        other = copy(self)
+        other.stays = dict(self.stays)
+        other._line = {name: OrderedDict(entries) for name, entries in self._line.items()}
+        other._holds = {seq: replace(hold) for seq, hold in self._holds.items()}
+        other._unloading = dict(self._unloading)
+        return other
 
     # -- coming and going ---------------------------------------------------------------------------------
 

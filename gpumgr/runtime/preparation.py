@@ -381,11 +381,7 @@ class Preparation:
             self._ticket.step = f"asking {name} for its health"
         error = self._ask_health()
         if error is not None:
-            raise ConsumerUnhealthy(
-                f"{name} does not pass its health check ({error}): nobody was unloaded for it. Start or repair it",
-                consumer=name,
-                cause=error,
-            )
+            raise unhealthy(name, error)
 
     def _is_healthy(self) -> bool:
         """With the lock held: whether it has said so just now."""
@@ -647,6 +643,15 @@ class Preparation:
 def decision_for(ticket: Ticket) -> Callable[[Consumer, View], Decision]:
     """The rules that hold for what it asks for."""
     return decide_restore if ticket.restoring else decide_call if ticket.proxied else decide
+
+
+def unhealthy(name: str, error: str) -> ConsumerUnhealthy:
+    """It does not serve, and nothing was done for it."""
+    return ConsumerUnhealthy(
+        f"{name} does not pass its health check ({error}): nobody was unloaded for it. Start or repair it",
+        consumer=name,
+        cause=error,
+    )
 
 
 def require_store(state: State) -> None:

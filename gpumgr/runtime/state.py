@@ -38,7 +38,7 @@ from gpumgr.core.placement import (
     keeps_out,
     promised_mib,
 )
-from gpumgr.core.queue import Phase, Policy, Queue, WaitingFor
+from gpumgr.core.queue import Entry, Phase, Policy, Queue, WaitingFor
 from gpumgr.core.sharing import intrudes
 from gpumgr.errors import GpumgrError, RequestEnded
 from gpumgr.runtime.ledger import Ledger
@@ -384,9 +384,19 @@ class State:
 
     def enter(self, ask: Ask, consumer: Consumer, now: float, deadline: float, *, proxied: bool = False) -> Ticket:
         """A new request at the end of the line."""
+        ticket = self.new_ticket(self.queue.enter(consumer.name), ask, consumer, now, deadline, proxied=proxied)
+        self.tickets[ticket.seq] = ticket
+        if ask.request is not None:
+            self.by_request[ask.request] = ticket
+        return ticket
+
+    def new_ticket(
+        self, entry: Entry, ask: Ask, consumer: Consumer, now: float, deadline: float, *, proxied: bool = False
+    ) -> Ticket:
+        """One that nobody knows of yet."""
         wanted = self._lease.default_ttl_seconds if ask.ttl_seconds is None else ask.ttl_seconds
-        ticket = Ticket(
-            entry=self.queue.enter(consumer.name),
+        return Ticket(
+            entry=entry,
             consumer=consumer,
             holder=ask.holder,
             ttl_seconds=self._lease.clamp_ttl(wanted),
@@ -399,16 +409,14 @@ class State:
             proxied=proxied,
             restoring=ask.restoring,
         )
-        self.tickets[ticket.seq] = ticket
-        if ask.request is not None:
-            self.by_request[ask.request] = ticket
-        return ticket
 
     def make_way(self, consumer: Consumer) -> None:
         """Somebody asks: what housekeeping brings back on those GPUs can wait."""
-        for ticket in list(self.tickets.values()):
-            if ticket.restoring and overlap(ticket.consumer.gpus, consumer.gpus):
-                self.withdraw(ticket)
+        for ticket in self.making_way(consumer):
+            self.withdraw(ticket)
+
+    def making_way(self, consumer: Consumer) -> list[Ticket]:
+        return [t for t in self.tickets.values() if t.restoring and overlap(t.consumer.gpus, consumer.gpus)]
 
     def refuse(self, ticket: Ticket, error: GpumgrError) -> None:
         """Settle with an error that status and the log tell of; nothing where the ticket has its answer already."""

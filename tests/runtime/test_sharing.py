@@ -145,7 +145,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from([3, 4, 5, 7]), min_size=3, max_size=5), ACTIONS)
 def test_nothing_is_lent_twice(sizes: list[int], actions: list[tuple[str, int]]) -> None:
     """Whatever is asked, taken and given back: what was granted fits on the card together, and nobody in use goes."""
