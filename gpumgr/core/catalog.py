@@ -113,6 +113,11 @@ class Catalog:
         """With whom each consumer coexists by size alone. Kept for the same reason."""
         return {a: frozenset(b for b in self.consumers if self._mate(a, b)) for a in self.consumers}
 
+    @cached_property
+    def sizes_mib(self) -> Mapping[GpuRef, Mapping[str, int]]:
+        """Who needs how much of each GPU."""
+        return {gpu: {c.name: c.needs_mib(gpu) for c in self.on_gpu(gpu)} for gpu in self.gpus}
+
     def _mate(self, a: str, b: str) -> bool:
         """Not where a card has no index yet: what it lends is not known."""
         one, other = self.consumers[a], self.consumers[b]

@@ -20,14 +20,31 @@ lends nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from gpumgr.core.catalog import Catalog, GpuRef
 
 
 def crowded(consumer: str, ahead: Iterable[str], catalog: Catalog) -> bool:
     """1, 2: whether a request has to wait for those who hold, or came before it, as they may fill the card."""
-    return _lacks_room(consumer, ahead, catalog, fullest)
+    mates = catalog.mates[consumer]
+    if not mates:
+        return False
+    there = set(ahead) - {consumer}
+    return not mates.isdisjoint(there) and any(
+        _fill(consumer, gpu, there, catalog) for gpu in catalog.consumers[consumer].gpus
+    )
+
+
+def _fill(consumer: str, gpu: GpuRef, there: set[str], catalog: Catalog) -> bool:
+    sizes, lends = catalog.sizes_mib[gpu], catalog.lends_mib.get(gpu)
+    beside = there & sizes.keys()
+    if catalog.mates[consumer].isdisjoint(beside):
+        return False
+    if lends is None:
+        return True
+    left = lends - sizes[consumer]
+    return left >= 0 and fullest([sizes[name] for name in beside], lends) > left
 
 
 def holds_up(holder: str, consumer: str, holders: Iterable[str], catalog: Catalog) -> bool:
@@ -35,27 +52,37 @@ def holds_up(holder: str, consumer: str, holders: Iterable[str], catalog: Catalo
     were it not for this one."""
     if holder not in catalog.mates[consumer]:
         return False
-    others = [catalog.consumers[name] for name in set(holders) - {holder, consumer}]
-    own = catalog.consumers[consumer]
-    for gpu, size in zip(own.gpus, own.vram_resident_mib, strict=True):
-        left = catalog.lends_mib.get(gpu, 0) - size
-        held = catalog.consumers[holder].needs_mib(gpu)
-        if held and left >= 0 and fullest([other.needs_mib(gpu) for other in others], left) + held > left:
+    others = set(holders) - {holder, consumer}
+    for gpu in catalog.consumers[consumer].gpus:
+        sizes = catalog.sizes_mib[gpu]
+        left = catalog.lends_mib.get(gpu, 0) - sizes[consumer]
+        together = fullest([sizes[name] for name in others & sizes.keys()], left)
+        if holder in sizes and left >= 0 and together + sizes[holder] > left:
             return True
     return False
 
 
 def leaving_for(consumer: str, resident: Sequence[str], catalog: Catalog) -> list[str]:
     """3: who of these on the card has to go for it by size; ``resident``: in the order in which they would go."""
-    staying = [name for name in resident if name != consumer]
+    mates = catalog.mates[consumer]
+    if mates.isdisjoint(resident):
+        return []
+    missing = {gpu: _missing_mib(consumer, gpu, resident, catalog) for gpu in catalog.consumers[consumer].gpus}
     leaving = []
-    for name in list(staying):
-        if not _lacks_room(consumer, staying, catalog, lambda sizes, _lends: sum(sizes)):
-            break
-        if name in catalog.mates[consumer]:
-            staying.remove(name)
+    for name in resident:
+        sizes = {gpu: catalog.sizes_mib[gpu].get(name, 0) for gpu in missing} if name in mates else {}
+        if any(mib > 0 and sizes.get(gpu) for gpu, mib in missing.items()):
             leaving.append(name)
+            missing = {gpu: mib - sizes[gpu] for gpu, mib in missing.items()}
     return leaving
+
+
+def _missing_mib(consumer: str, gpu: GpuRef, resident: Sequence[str], catalog: Catalog) -> int:
+    """What it lacks beside all of them; nothing where it is too large for the card alone."""
+    sizes, lends = catalog.sizes_mib[gpu], catalog.lends_mib.get(gpu, 0)
+    if lends and sizes[consumer] > lends:
+        return 0
+    return sizes[consumer] + sum(sizes.get(name, 0) for name in resident if name != consumer) - lends
 
 
 def intrudes(
@@ -67,34 +94,22 @@ def intrudes(
         return False
     held = set(holders)
     for gpu in set(catalog.consumers[beside].gpus) & set(catalog.consumers[stray].gpus):
-        granted = sum(catalog.consumers[name].needs_mib(gpu) for name in held)
+        granted = sum(mib for name, mib in catalog.sizes_mib[gpu].items() if name in held)
         there = sum(mib for (_, ref), mib in held_mib.items() if ref == gpu)
         if granted + there > catalog.lends_mib.get(gpu, 0):
             return True
     return False
 
 
-def fullest(sizes_mib: Iterable[int], lends_mib: int) -> int:
-    """The most that some of these take together of what the card lends."""
-    sums = {0}
+def fullest(sizes_mib: Sequence[int], lends_mib: int) -> int:
+    """The most that some of these take together of what the card lends. The sums are the bits of one number, which is
+    quick also where there are many."""
+    if lends_mib <= 0:
+        return 0
+    together = sum(sizes_mib)
+    if together <= lends_mib:
+        return together
+    sums, all_bits = 1, (1 << (lends_mib + 1)) - 1
     for size in sizes_mib:
-        sums |= {together + size for together in sums if together + size <= lends_mib}
-    return max(sums)
-
-
-def _lacks_room(consumer: str, others: Iterable[str], catalog: Catalog, taken: Callable[[list[int], int], int]) -> bool:
-    mates = catalog.mates[consumer]
-    if not mates:
-        return False
-    there = set(others) - {consumer}
-    if mates.isdisjoint(there):
-        return False
-    own = catalog.consumers[consumer]
-    for gpu, size in zip(own.gpus, own.vram_resident_mib, strict=True):
-        beside = [catalog.consumers[name] for name in there if gpu in catalog.consumers[name].gpus]
-        if not any(other.name in mates for other in beside):
-            continue
-        lends = catalog.lends_mib.get(gpu, 0)
-        if (size <= lends or not lends) and taken([other.needs_mib(gpu) for other in beside], lends) + size > lends:
-            return True
-    return False
+        sums |= (sums << size) & all_bits
+    return sums.bit_length() - 1

@@ -210,3 +210,22 @@ def test_4_who_fits_beside_what_was_granted_is_no_intruder() -> None:
     assert judged({"voice": 3000, "hear": 6000}) == []
     assert judged({"hear": 7000}, ["paint", "voice"]) == ["hear"]
     assert not intrudes("chat", "other", ["other"], {("chat", 0): 99999}, lending(*ALL, consumer("other", 1)))
+
+
+def test_a_copy_of_the_line_is_asked_and_nothing_changes() -> None:
+    """With an order that goes by stays and the time: voice needs no swap, paint waits for the end of a quantum."""
+    queue = line(*ALL, policy=Quantum(quantum_seconds=60))
+    queue.enter("chat")
+    assert go(queue) == ["chat"]
+    queue.enter("paint", 1.0)
+    before = (dict(queue.stays), len(queue.waiting()), {seq: hold.phase for seq, hold in queue.holds.items()})
+    for name, expected in (("voice", ["voice"]), ("paint", [])):
+        asked = queue.copy()
+        entry = asked.enter(name, 2.0)
+        assert go(asked, 2.0) == expected
+        assert asked.is_waiting(entry) is not bool(expected)
+        asked.leave(hold_of(asked, "chat").seq)
+        assert go(asked, 100.0)[:1] == ["paint"]
+    after = (dict(queue.stays), len(queue.waiting()), {seq: hold.phase for seq, hold in queue.holds.items()})
+    assert after == before
+    assert queue.number() == 3, "its numbers are its own"

@@ -162,11 +162,10 @@ def test_nothing_is_lent_twice(sizes: list[int], actions: list[tuple[str, int]])
         )
     for action, pick in actions:
         each = some[pick % len(some)]
-        holders = {hold.consumer for hold in w.broker.state.queue.holds.values()}
         left = 24000 - HEADROOM_MIB - lent(w)
         if action in ("ask", "call"):
             (w.ask if action == "ask" else w.call)(each.name, wait_seconds=60)
-        elif action == "take" and (each.name in holders or each.needs_mib(0) <= left):
+        elif action == "take" and (each.name in granted(w) or each.needs_mib(0) <= left):
             w.services[each.name].take()
         elif action == "game":
             w.games[0].set_used(min(pick * 20, w.card.used_mib(w.games[0].pid, 0) + max(0, left)))
@@ -184,6 +183,9 @@ def test_nothing_is_lent_twice(sizes: list[int], actions: list[tuple[str, int]])
 def lent(w: World) -> int:
     """MiB that are on the card, and those that holders may still take."""
     held = {name: service.used_mib() for name, service in w.services.items()}
-    in_use = {hold.consumer for hold in w.broker.state.queue.holds.values() if hold.phase is not Phase.PREPARING}
-    sizes = {name: w.catalog.consumers[name].needs_mib(0) for name in in_use}
+    sizes = {name: w.catalog.consumers[name].needs_mib(0) for name in granted(w)}
     return sum(max(mib, sizes.get(name, 0)) for name, mib in held.items()) + w.card.used_mib(w.games[0].pid, 0)
+
+
+def granted(w: World) -> set[str]:
+    return {hold.consumer for hold in w.broker.state.queue.holds.values() if hold.phase is not Phase.PREPARING}
