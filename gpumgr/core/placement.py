@@ -16,7 +16,7 @@ Must not: unload, probe, wait or know a clock.
 4. One of them kept its memory: refuse, whether or not the target would fit beside it. Only the driver can take that
    back: the consumer's own word that it is gone is what its unload has just disproved.
 5. It fits: grant.
-6. It does not: unload the smallest set of idle residents that makes room, the fewest of them; among equals those
+6. It does not: unload the smallest set of idle residents that makes room (core/victims.py); among equals those
    least recently used; one with somebody pinned only where there is none without. Where no set suffices: the least
    recently used one that is not pinned.
 7. None of those is left, but it would fit once the consumers in use are done: wait.
@@ -44,7 +44,7 @@ strangers may take again, or a game still (core/outside.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Literal
@@ -52,14 +52,11 @@ from typing import Literal
 from gpumgr.core.card import GpuProcess, GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef
 from gpumgr.core.outside import Game, Outside, Pause, Stranger
+from gpumgr.core.victims import smallest_set
 from gpumgr.errors import EvictionFailed, GpuUnreadable, GpuYielded, InsufficientVram, Refused
 
 LEFTOVER_SLACK_MIB = 64
 """A context may grow a little without a model being loaded."""
-
-SETS_OF_AT_MOST = 12
-"""Among more idle residents than that no smallest set is looked for: they go one at a time, the least recently used
-first. The search doubles with each of them."""
 
 KeptReason = Literal["kept", "busy", "hung", "unreachable"]
 
@@ -242,7 +239,7 @@ def _make_room(target: Consumer, view: View) -> Decision:
     if any(name in view.leaving for name in idle):
         return Wait("preparing")
     left = [name for name in idle if name not in view.failed()]
-    enough = smallest_set(target, view, left)  # 6
+    enough = _fewest(target, view, left)  # 6
     if enough:
         return Unload(enough, required=False)
     pinned = [name for name in left if view.catalog.consumers[name].pinned]
@@ -333,31 +330,24 @@ def _idle_residents(target: Consumer, view: View) -> list[str]:
     return [c.name for c in sorted(idle, key=lambda c: (view.last_used.get(c.name, float("-inf")), c.name))]
 
 
-def smallest_set(target: Consumer, view: View, idle: Sequence[str]) -> tuple[str, ...]:
-    """6: those of ``idle`` (the least recently used first) that make room; none: all of them do not."""
-    if not _makes_room(target, view, idle):
-        return ()
-    if len(idle) > SETS_OF_AT_MOST:
-        return tuple((_unpinned(idle, view) or idle)[:1])
-    return next(chosen for chosen in _sets(idle, view) if _makes_room(target, view, chosen))
-
-
-def _sets(names: Sequence[str], view: View) -> Iterator[tuple[str, ...]]:
-    """All of them: without pinned ones first, then the small ones."""
-    free = _unpinned(names, view)
-    pinned = [name for name in names if name not in free]
+def _fewest(target: Consumer, view: View, idle: Sequence[str]) -> tuple[str, ...]:
+    """6: those of ``idle`` (the least recently used first) that make room, with as few pinned ones as it takes; none:
+    all of them do not."""
+    short_mib = {gpu: mib for gpu in target.gpus if (mib := _shortfall_on(target, view, gpu)) > 0}
+    held_mib = {name: {gpu: view.held(name, gpu).held_mib for gpu in short_mib} for name in idle}
+    free = _unpinned(idle, view)
+    pinned = [name for name in idle if name not in free]
     for some in range(len(pinned) + 1):
-        for others in range(len(free) + 1):
-            for last in combinations(pinned, some):
-                for first in combinations(free, others):
-                    yield (*first, *last)
-
-
-def _makes_room(target: Consumer, view: View, names: Sequence[str]) -> bool:
-    """Whether it fits when these have given back what they hold."""
-    return all(
-        _shortfall_on(target, view, gpu) <= sum(view.held(name, gpu).held_mib for name in names) for gpu in target.gpus
-    )
+        found = []
+        for last in combinations(pinned, some):
+            left = {gpu: mib - sum(held_mib[name][gpu] for name in last) for gpu, mib in short_mib.items()}
+            fits = all(mib <= 0 for mib in left.values())
+            first = () if fits else smallest_set(free, held_mib, left)
+            if first or fits:
+                found.append((*first, *last))
+        if found:
+            return min(found, key=len)
+    return ()
 
 
 # -- what is held ----

@@ -172,7 +172,7 @@ def stays_after(
         stay = found.get(name, Stay())
         if stay.since is None:
             beside = []
-            leaving = leaving_for(name, on_card(found), catalog)
+            leaving = leaving_for(name, on_card(found), catalog) if catalog.mates[name] else []
             for other, its in found.items():
                 if its.since is not None and catalog.exclude(name, other):
                     found[other] = replace(its, since=None)

@@ -15,7 +15,6 @@ from gpumgr.core.card import GpuProcess, GpuReading, Reading
 from gpumgr.core.catalog import Catalog, GpuRef
 from gpumgr.core.placement import (
     LEFTOVER_SLACK_MIB,
-    SETS_OF_AT_MOST,
     Grant,
     Holding,
     Refuse,
@@ -305,14 +304,6 @@ def test_6_no_smaller_set_makes_room(state: View) -> None:
 
 def _pinned(state: View, names: Iterable[str]) -> list[str]:
     return [name for name in names if state.catalog.consumers[name].pinned]
-
-
-def test_6_a_card_with_very_many_is_searched_for_no_time() -> None:
-    names = [f"c{n:02d}" for n in range(SETS_OF_AT_MOST + 1)]
-    everyone = catalog(consumer("paint", 14000, beside=names), *(consumer(n, 500, beside=["paint"]) for n in names))
-    held: dict[Any, int | Holding] = dict.fromkeys(names, 1500)
-    state = view(gpu(4500), of=everyone, held=held, last_used=dict.fromkeys(names[:-1], 9.0))
-    assert decide(everyone.consumers["paint"], state) == Unload((names[-1],), required=False)
 
 
 def test_6_nobody_is_unloaded_where_it_fits() -> None:
