@@ -228,10 +228,11 @@ class Queue:
     def copy(self) -> Queue:
         """As it is now, for whoever wants to know what would come of something. The policy is shared, as it is pure."""
         other = copy(self)
-        other.stays = dict(self.stays)
+        for name, book in vars(self).items():
+            if isinstance(book, dict):
+                setattr(other, name, copy(book))
         other._line = {name: OrderedDict(entries) for name, entries in self._line.items()}
         other._holds = {seq: replace(hold) for seq, hold in self._holds.items()}
-        other._unloading = dict(self._unloading)
         return other
 
     # -- coming and going ---------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from gpumgr.core.queue import Queue, WaitingFor
 from gpumgr.errors import Conflict, GpumgrError, Refused
 from gpumgr.runtime.ports import Clock, Dialect, Probe
 from gpumgr.runtime.preparation import decision_for, require_store, unhealthy
-from gpumgr.runtime.refusals import computing_beside, holder_facts, holder_words, scheduler_timeout, waited_for
+from gpumgr.runtime.refusals import said_of, scheduler_timeout, waits_for
 from gpumgr.runtime.state import State
 from gpumgr.runtime.ticket import Ask, Ticket
 
@@ -49,6 +49,7 @@ class Found:
     waiting_for: str | None = None
     refusal: GpumgrError | None = None
     holders: Sequence[Mapping[str, Any]] = ()
+    in_use: Sequence[Mapping[str, Any]] = ()
     ahead: Sequence[Ticket] = ()
     turns_change_at: float | None = None
     lease: Lease | None = None
@@ -182,13 +183,14 @@ class Explainer:
 
     def _waits(self, ticket: Ticket, queue: Queue, reason: WaitingFor, *, joins: bool = False) -> Found:
         state = self._state
-        line = queue.is_waiting(ticket.entry)
+        line, found = queue.is_waiting(ticket.entry), waits_for(state, ticket)
         ahead = [t for t in sorted(state.tickets.values(), key=lambda t: t.seq) if line and t.seq < ticket.seq]
         return Found(
             "wait",
             ticket,
             waiting_for=reason.value,
-            holders=[holder_facts(state, hold) for hold in waited_for(state, ticket)],
+            holders=found["holders"],
+            in_use=found["in_use"],
             ahead=[each for each in ahead if state.queue.is_waiting(each.entry)],
             turns_change_at=queue.look_again_at if line else None,
             joins=joins,
@@ -223,7 +225,7 @@ class Explainer:
             "waiting_for": found.waiting_for,
             "short_mib": found.facts.get("short_mib"),
             "holders": list(found.holders),
-            "in_use": [] if found.ticket is None or found.outcome != "wait" else computing_beside(state, found.ticket),
+            "in_use": list(found.in_use),
             "ahead": len(found.ahead),
             "ahead_first": [
                 {"consumer": t.consumer.name, "holder": t.holder, "waiting_seconds": state.waited(t)}
@@ -277,7 +279,7 @@ def _words(told: Mapping[str, Any], found: Found) -> str:
     if told["outcome"] == "unload":
         return f"{name} would be granted when these are unloaded: {unloads}"
     after = f" after these are unloaded: {unloads}; it" if unloads else ""
-    who = "; ".join(holder_words(facts) for facts in found.holders)
+    who = said_of(found.holders)
     return f"{name} would wait{after} for {told['waiting_for']}{f': {who}' if who else ''}{_ahead_words(told['ahead'])}"
 
 

@@ -30,7 +30,7 @@ def prepare_timeout(state: State, ticket: Ticket) -> PrepareTimeout:
 
 def scheduler_timeout(state: State, ticket: Ticket) -> SchedulerTimeout:
     reason = ticket.waiting_for or state.queue.why(ticket.entry)
-    holders = [holder_facts(state, hold) for hold in waited_for(state, ticket)]
+    holders = [_facts(state, hold) for hold in _waited_for(state, ticket)]
     ahead = state.queue.ahead(ticket.entry)
     why = f"waiting for {reason}" if ticket.waiting_for is None else ticket.step
     waited = state.waited(ticket)
@@ -42,18 +42,17 @@ def scheduler_timeout(state: State, ticket: Ticket) -> SchedulerTimeout:
         waited_seconds=waited,
         ahead=ahead,
         holders=holders,
-        in_use=computing_beside(state, ticket),
+        in_use=[{"consumer": name, "in_use": state.computing(name)} for name in _computing(state, ticket)],
     )
 
 
-def computing_beside(state: State, ticket: Ticket) -> list[dict[str, Any]]:
+def _computing(state: State, ticket: Ticket) -> list[str]:
     """Those that compute without a holder beside it: while they do they are not unloaded."""
     names = [name for name in state.memory if state.computing(name) and not state.queue.holds_of(name)]
-    beside = [name for name in names if state.catalog.share_gpu(name, ticket.consumer.name)]
-    return [{"consumer": name, "in_use": state.computing(name)} for name in beside]
+    return [name for name in names if state.catalog.share_gpu(name, ticket.consumer.name)]
 
 
-def waited_for(state: State, ticket: Ticket) -> list[Hold]:
+def _waited_for(state: State, ticket: Ticket) -> list[Hold]:
     """Those it conflicts with; and where one of them, or itself, waits inside its preparation: whom that waits for."""
     if ticket.waiting_for is not None:
         return _beside(state, ticket.seq, ticket.consumer.gpus)
@@ -67,7 +66,7 @@ def _beside(state: State, seq: int, gpus: Iterable[GpuRef]) -> list[Hold]:
     return [hold for hold in state.queue.holds.values() if hold.seq != seq and overlap(gpus, hold.gpus)]
 
 
-def holder_facts(state: State, hold: Hold) -> dict[str, Any]:
+def _facts(state: State, hold: Hold) -> dict[str, Any]:
     facts: dict[str, Any] = {"consumer": hold.consumer, "phase": hold.phase.value}
     call = state.calls.get(hold.seq)
     if call is not None:
@@ -86,7 +85,7 @@ def holder_facts(state: State, hold: Hold) -> dict[str, Any]:
 
 
 def _said(state: State, ticket: Ticket, holders: list[dict[str, Any]], ahead: int) -> str:
-    said = [holder_words(facts) for facts in holders]
+    said = [_words(facts) for facts in holders]
     if state.queue.is_unloading(ticket.consumer.name):
         said.append(f"{ticket.consumer.name} itself is being unloaded for somebody else")
     if not said and ticket.waiting_for is None:
@@ -94,7 +93,7 @@ def _said(state: State, ticket: Ticket, holders: list[dict[str, Any]], ahead: in
     return f": {'; '.join(said)}" if said else ""
 
 
-def holder_words(facts: Mapping[str, Any]) -> str:
+def _words(facts: Mapping[str, Any]) -> str:
     if "held_seconds" not in facts:
         return f"{facts['consumer']} is {facts['phase']}"
     if "lease_id" not in facts:
@@ -105,3 +104,14 @@ def holder_words(facts: Mapping[str, Any]) -> str:
         f"{who} has held {facts['consumer']} for {facts['held_seconds']:g} s "
         f"(lease {facts['lease_id']}, until {facts['expires_at']} unless renewed)"
     )
+
+
+def waits_for(state: State, ticket: Ticket) -> dict[str, list[dict[str, Any]]]:
+    """The facts of those whom a request waits for: ``holders``, and who is ``in_use`` without one."""
+    computing = [{"consumer": name, "in_use": state.computing(name)} for name in _computing(state, ticket)]
+    return {"holders": [_facts(state, hold) for hold in _waited_for(state, ticket)], "in_use": computing}
+
+
+def said_of(holders: Iterable[Mapping[str, Any]]) -> str:
+    """The same holders in words."""
+    return "; ".join(_words(facts) for facts in holders)
