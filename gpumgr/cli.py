@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return hold(chosen.url, chosen.reason, chosen.ttl_seconds, chosen.wait)
         if chosen.command == "resume":
             return resume(chosen.url)
+        if chosen.command == "explain":
+            return explain(chosen.url, chosen.kind, chosen.consumer)
         if chosen.command == "run":
             return under_lease(chosen, parser)
         if chosen.command == "simulate":
@@ -89,7 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         help="return when the card is free, or fail after so long",
     )
     go_on = commands.add_parser("resume", help="let the card be used again")
-    for command in (keep, go_on, job):
+    told = commands.add_parser("explain", help="what would happen if somebody asked for the GPU now")
+    asked = told.add_mutually_exclusive_group(required=True)
+    asked.add_argument("kind", nargs="?", help="such as image")
+    asked.add_argument("--consumer", help="such as comfyui")
+    for command in (keep, go_on, told, job):
         command.add_argument("--url", default=url, help=f"the broker (GPUMGR_URL, default {DEFAULT_URL})")
     return parser
 
@@ -129,6 +135,18 @@ def resume(url: str) -> int:
         print(f"gpumgr resume: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def explain(url: str, kind: str | None, consumer: str | None) -> int:
+    """0 where it would be granted without a wait, also where others are unloaded for it."""
+    try:
+        with Gpu(url) as gpu:
+            told = gpu.explain(kind, consumer=consumer)
+    except (GpumgrError, BrokerUnreachable) as error:
+        print(f"gpumgr explain: {error}", file=sys.stderr)
+        return 1
+    print(told["message"])
+    return 0 if told["outcome"] in ("granted", "unload") else 1
 
 
 def check_config(file: Path) -> int:

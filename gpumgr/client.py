@@ -241,6 +241,12 @@ class Gpu:
         """``acquire`` and keep renewed; for ``with``, which releases."""
         return self.acquire(kind, **options).keep()
 
+    def explain(self, kind: str | None = None, **wanted: Any) -> dict[str, Any]:
+        """What ``acquire`` with the same words would meet now; nothing is done. Raises: as ``acquire``, for words that
+        are wrong; what would be refused is told in ``refusal``."""
+        body = {name: value for name, value in {"kind": kind, **wanted}.items() if value is not None}
+        return self.call("POST", "/v1/explain", json=body)
+
     def hold(self, reason: str | None = None, ttl_seconds: float | None = None) -> dict[str, Any] | None:
         """Keep the card free: nobody is granted it, whoever is idle is unloaded, holders are asked to yield. The
         answer's ``state`` is ``free`` when it is. Needs the scope ``operate``. Raises: as ``acquire``."""

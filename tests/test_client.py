@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Literal, Self
 
 import pytest
 
+from gpumgr import cli
 from gpumgr.client import BrokerUnreachable, Gpu, HeldLease, LeaseLost
 from gpumgr.errors import (
     ConsumerUnknown,
@@ -439,3 +440,27 @@ def test_a_renew_that_fails_is_tried_again_within_the_ttl(through: Gpu, relay: R
         late = datetime.fromisoformat(lease.grant["granted_at"]) + timedelta(seconds=4)
         until(lambda: datetime.fromisoformat(leases(broker)[0]["expires_at"]) > late)
         lease.check()
+
+
+def test_explain_tells_and_does_nothing(broker: RunningBroker, capsys: pytest.CaptureFixture[str]) -> None:
+    with Gpu(broker.url) as gpu:
+        lease = gpu.acquire("image", holder="imagen")
+        before = {each["name"]: each["total_requests"] for each in broker.status()["consumers"]}
+        told = gpu.explain("llm")
+        assert (told["outcome"], told["waiting_for"]) == ("wait", "holder")
+        assert [holder["holder"] for holder in told["holders"]] == ["imagen"]
+        assert gpu.explain("llm", wait_seconds=0)["refusal"]["code"] == "scheduler_timeout"
+        assert cli.main(["explain", "llm", "--url", broker.url]) == 1
+        assert "ollama would wait for holder: imagen has held comfyui" in capsys.readouterr().out
+        status = broker.status()
+        assert (status["queue"], {each["name"]: each["total_requests"] for each in status["consumers"]}) == ([], before)
+        lease.release()
+        assert cli.main(["explain", "--consumer", "comfyui", "--url", broker.url]) == 0
+        assert capsys.readouterr().out == "comfyui would be granted at once\n"
+        with pytest.raises(KindUnknown):
+            gpu.explain("video")
+        assert cli.main(["explain", "video", "--url", broker.url]) == 1
+        with pytest.raises(InvalidRequest):
+            gpu.explain("llm", consumer="ollama")
+    answer = broker.http.post(f"{broker.url}/v1/explain", data=b"{}", headers={"Content-Type": "text/plain"})
+    assert answer.status_code == 415

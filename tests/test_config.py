@@ -180,6 +180,16 @@ def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
         ({"consumers.comfyui.can_coexist_with": ["whisper"]}, ["can_coexist_with", "add comfyui to"]),
         ({"consumers.comfyui.can_coexist_with": ["nobody"]}, ["can_coexist_with", "'nobody'"]),
         ({"consumers.comfyui.can_coexist_with": ["comfyui"]}, ["can_coexist_with", "itself"]),
+        (
+            {"consumers.whisper.pinned": True, "consumers.whisper.idle_unload_seconds": 60},
+            ["consumers.whisper.idle_unload_seconds", "pinned", "keep one"],
+        ),
+        ({"consumers.whisper.coexist": "size"}, ["consumers.whisper.coexist", "pairs, by_size"]),
+        (
+            {"consumers.whisper.coexist": "by_size", "consumers.whisper.vram_resident_mib": 0},
+            ["consumers.whisper.coexist", "needs a size"],
+        ),
+        ({"consumers.whisper.pinned": "yes"}, ["consumers.whisper.pinned", "true or false"]),
         ({"consumers.whisper.unload": {"timeout_seconds": 5}}, ["consumers.whisper.unload.path is missing"]),
         ({"consumers.whisper.unload.json": {}, "consumers.whisper.unload.path": None}, ["unload", "without a path"]),
         ({"consumers.whisper.health": {"path": "/h", "method": "POST"}}, ["consumers.whisper.health", "GET"]),

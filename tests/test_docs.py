@@ -63,7 +63,7 @@ def test_every_error_has_its_row(code: str) -> None:
         *("auth", "trusted_network", "tokens_file", "allowed_hosts", "allowed_origins", "headers"),
         *("unload", "load", "loaded", "proxy_path", "untracked_peak_seconds", "yield_to", "yield_reserve_mib"),
         *("yield_gpus", "idle_unload_seconds", "restore", "restore_after_seconds", "preload", "vram_declared_mib"),
-        *("proxy_free_paths", "preset", "scope", "socket", "command", "metrics"),
+        *("pinned", "coexist", "proxy_free_paths", "preset", "scope", "socket", "command", "metrics"),
         *("above", "below", "equals", "not_equals", "for_each", "cuts_work", "starts_service"),
     ],
 )

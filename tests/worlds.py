@@ -49,6 +49,8 @@ def consumer(
     at_once: int = 1,
     residual_mib: int = 768,
     unload_timeout_seconds: float = 1.0,
+    pinned: bool = False,
+    by_size: bool = False,
 ) -> Consumer:
     sizes = (size_mib,) * len(gpus) if isinstance(size_mib, int) else size_mib
     return Consumer(
@@ -62,6 +64,8 @@ def consumer(
         can_coexist_with=frozenset(beside),
         max_concurrency=at_once,
         unload_timeout_seconds=unload_timeout_seconds,
+        pinned=pinned,
+        by_size=by_size,
     )
 
 

@@ -108,6 +108,7 @@ def _settings(file: Path, document: object, environ: Mapping[str, str], tokens: 
     settings = {s.name: s for _, s in parsed}
     rest = {name: consumer.rest for name, consumer in settings.items()}
     _require_ways_back(settings)
+    _require_pinned_stay(catalog, settings)
     warnings = tuple(_warnings(catalog, settings))
     return Settings(file, server, gpu, lease, scheduling, catalog, settings, warnings, proxy, rest, priorities)
 
@@ -293,10 +294,16 @@ def _consumer(name: str, consumers: Section, environ: Mapping[str, str]) -> tupl
         **_sizes(section, gpus),
         residual_mib=section.take("residual_mib", check.whole(0), RESIDUAL_MIB.get(dialect, 768)),
         can_coexist_with=frozenset(section.take("can_coexist_with", check.texts, no_texts)),
+        by_size=section.take("coexist", check.one_of("pairs", "by_size"), "pairs") == "by_size",
         max_concurrency=section.take("max_concurrency", check.whole(1), 1),
+        pinned=section.take("pinned", access.truth, False),
         unload_timeout_seconds=settings.unload.timeout_seconds or 30,
     )
     section.done()
+    if consumer.by_size and not consumer.unsized and 0 in consumer.vram_resident_mib:
+        raise ConfigError(
+            f"{section.path('coexist')}: by_size needs a size, and 0 MiB is none: write vram_resident_mib, or auto"
+        )
     require_fitting(settings, consumer)
     return consumer, settings
 
@@ -322,6 +329,14 @@ def _require_ways_back(settings: Mapping[str, ConsumerSettings]) -> None:
                     f"consumers.{name}.{key} needs a load call: write load: {{path: …, json: …}}, the request that "
                     "loads it"
                 )
+
+
+def _require_pinned_stay(catalog: Catalog, settings: Mapping[str, ConsumerSettings]) -> None:
+    for name, consumer in settings.items():
+        if catalog.consumers[name].pinned and consumer.rest.idle_unload_seconds:
+            raise ConfigError(
+                f"consumers.{name}.idle_unload_seconds unloads it when it is idle, and pinned keeps it there: keep one"
+            )
 
 
 def _dialect(where: str, value: Any) -> str:
@@ -484,6 +499,11 @@ def _require_own_cgroups(settings: Iterable[ConsumerSettings]) -> None:
                 )
 
 
+def _has_mates(catalog: Catalog, name: str) -> bool:
+    others = (other for other in catalog.consumers.values() if other.name != name)
+    return any(other.by_size and catalog.share_gpu(name, other.name) for other in others)
+
+
 def _warnings(catalog: Catalog, settings: Mapping[str, ConsumerSettings]) -> Iterable[str]:
     for name, consumer in settings.items():
         unload = consumer.unload
@@ -503,6 +523,11 @@ def _warnings(catalog: Catalog, settings: Mapping[str, ConsumerSettings]) -> Ite
             yield (
                 f"consumers.{name}.residual_mib ({residual}) is not below its vram_resident_mib ({size}): its unload "
                 "would count as proved before it gave anything back. Lower residual_mib"
+            )
+        if catalog.consumers[name].by_size and not _has_mates(catalog, name):
+            yield (
+                f"consumers.{name}.coexist is by_size, and no other consumer on its GPUs has that: it changes nothing. "
+                "Write it at those that may stand beside it too"
             )
         if not catalog.kinds_of(name):
             yield f"consumers.{name} has no kind in routing: it can be leased by consumer only"

@@ -34,7 +34,11 @@ class Consumer:
     vram_resident_mib: tuple[int, ...] = (0,)
     residual_mib: int = 768
     can_coexist_with: frozenset[str] = frozenset()
+    by_size: bool = False
+    """It coexists with everybody else of whom that is so, as far as their sizes fit together (core/sharing.py)."""
     max_concurrency: int = 1
+    pinned: bool = False
+    """It is unloaded last, and for a lease alone."""
     unload_timeout_seconds: float = 30.0
     retired: bool = False
     """It has left the configuration, and a lease of it has not ended yet: nobody else is granted it."""
@@ -63,6 +67,8 @@ class Catalog:
 
     consumers: Mapping[str, Consumer]
     routing: Mapping[str, str] = field(default_factory=dict)
+    lends_mib: Mapping[GpuRef, int] = field(default_factory=dict)
+    """What each card has for its consumers, as far as it was read: for those that coexist by size."""
 
     def resolve(self, *, kind: str | None, consumer: str | None) -> Consumer:
         """The consumer that a request means. Exactly one of the two is given.
@@ -91,7 +97,7 @@ class Catalog:
         """Whether both may have memory on one GPU at a time. A consumer coexists with itself."""
         one, other = self.consumers[a], self.consumers[b]
         mutual = b in one.can_coexist_with and a in other.can_coexist_with
-        return a == b or (mutual and not one.unsized and not other.unsized)
+        return a == b or (mutual and not one.unsized and not other.unsized) or b in self.mates[a]
 
     def exclude(self, a: str, b: str) -> bool:
         """Two different consumers that may not be on the card together: they share a GPU and do not coexist."""
@@ -101,6 +107,24 @@ class Catalog:
     def excluded(self) -> Mapping[str, frozenset[str]]:
         """Whom each consumer excludes. Kept, as every decision of the order asks for it."""
         return {a: frozenset(b for b in self.consumers if self._exclude(a, b)) for a in self.consumers}
+
+    @cached_property
+    def mates(self) -> Mapping[str, frozenset[str]]:
+        """With whom each consumer coexists by size alone. Kept for the same reason."""
+        return {a: frozenset(b for b in self.consumers if self._mate(a, b)) for a in self.consumers}
+
+    @cached_property
+    def sizes_mib(self) -> Mapping[GpuRef, Mapping[str, int]]:
+        """Who needs how much of each GPU."""
+        return {gpu: {c.name: c.needs_mib(gpu) for c in self.on_gpu(gpu)} for gpu in self.gpus}
+
+    def _mate(self, a: str, b: str) -> bool:
+        """Not where a card has no index yet: what it lends is not known."""
+        one, other = self.consumers[a], self.consumers[b]
+        sized = one.by_size and other.by_size and not one.unsized and not other.unsized
+        paired = b in one.can_coexist_with and a in other.can_coexist_with
+        known = all(isinstance(ref, int) for ref in (*one.gpus, *other.gpus))
+        return a != b and sized and not paired and known and self.share_gpu(a, b)
 
     def _exclude(self, a: str, b: str) -> bool:
         return self.share_gpu(a, b) and not self.may_coexist(a, b)

@@ -14,10 +14,10 @@ import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from gpumgr.core.catalog import GpuRef
+from gpumgr.core.catalog import Catalog, GpuRef
 from gpumgr.core.ledger import percentile
 from gpumgr.core.quantum import UNKNOWN_SWAP_SECONDS, Quantum, Swap
-from gpumgr.core.queue import Entry, Hold, Phase, Queue, Stay, WaitingFor
+from gpumgr.core.queue import Entry, Hold, Phase, Queue, Stay, WaitingFor, swapped_out
 
 USUALLY_PERCENT = 80
 """Of the holds that were seen: most are over by then."""
@@ -72,8 +72,11 @@ def why(queue: Queue, entry: Entry, now: float) -> Why:
 
 def _residents(queue: Queue, entry: Entry) -> tuple[str, ...]:
     """Who has the turn and would have to go for it."""
-    names = sorted(queue.catalog.excluded[entry.consumer])
-    return tuple(name for name in names if (stay := queue.stays.get(name)) is not None and stay.since is not None)
+    return tuple(sorted(_leaving(queue.catalog, queue.stays, entry.consumer)))
+
+
+def _leaving(catalog: Catalog, stays: Mapping[str, Stay], consumer: str) -> list[str]:
+    return [name for name in swapped_out(consumer, stays, catalog) if stays[name].since is not None]
 
 
 def _swap(queue: Queue, entry: Entry) -> Swap | None:
@@ -155,7 +158,7 @@ class _Play:
 
     def _swap_seconds(self, hold: Hold, before: Mapping[str, Stay]) -> float:
         """Several go together, as a rule."""
-        leaving = [n for n in self.queue.catalog.excluded[hold.consumer] if n in before and before[n].since is not None]
+        leaving = _leaving(self.queue.catalog, before, hold.consumer)
         found = [self.queue.swap_seconds(name, hold.consumer) for name in leaving]
         return max((UNKNOWN_SWAP_SECONDS if cost is None else cost for cost in found), default=0.0)
 

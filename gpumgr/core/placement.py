@@ -11,22 +11,27 @@ Must not: unload, probe, wait or know a clock.
 2. A need above ``total - headroom``: refuse at once, unloading nobody.
 3. Consumers that may not coexist with the target and are resident: unload them, all at once. One that is in use
    is waited for (``draining``), on the card already or still on its way there: what is in use is never unloaded. In
-   use are holders, and who computes without one: a holder's tail, or direct use.
+   use are holders, and who computes without one: a holder's tail, or direct use. Those that are pinned go after the
+   others are gone.
 4. One of them kept its memory: refuse, whether or not the target would fit beside it. Only the driver can take that
    back: the consumer's own word that it is gone is what its unload has just disproved.
 5. It fits: grant.
-6. It does not: unload idle residents one at a time, of the smallest set that makes room (core/victims.py); where no
-   set does, the least recently used.
-7. Nobody idle is left, but it would fit once the consumers in use are done: wait.
-8. Before any refusal whatever may still help is tried once: idle consumers that hold little (what stayed after an
-   earlier unload, which may have become more), then the target itself where it is idle; and the card is read again.
+6. It does not: unload the smallest set of idle residents that makes room (core/victims.py); among equals those
+   least recently used; one with somebody pinned only where there is none without. Where no set suffices: the least
+   recently used one that is not pinned.
+7. None of those is left, but it would fit once the consumers in use are done: wait.
+8. Before any refusal whatever may still help is tried once: idle residents that are pinned; idle consumers that hold
+   little (what stayed after an earlier unload, which may have become more); then the target itself where it is idle;
+   and the card is read again.
 9. Refuse: ``eviction_failed`` where what the victims kept would cover the shortfall; ``gpu_yielded`` where a game's
    reserve would; else ``insufficient_vram``.
 
 Where nobody may be unloaded (``may_unload`` is false), rules 3, 4, 6 and 8 fall away: whoever is there is tolerated.
 
 A proxied call is short, and its caller cannot do anything about a refusal: ``decide_call`` turns rule 9 into a grant
-with a warning, unless a live lease shares the card, which it must not endanger: then it waits.
+with a warning, unless a live lease shares the card, which it must not endanger: then it waits. It spares who is pinned:
+for it, as where nobody may be unloaded, that one is tolerated. ``decide_restore`` is for what nobody asked for: nobody
+makes room for it, and who is pinned keeps it away.
 
 Fit, on each of the target's GPUs:
 
@@ -40,7 +45,8 @@ strangers may take again, or a game still (core/outside.py).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Literal
 
 from gpumgr.core.card import GpuProcess, GpuReading, Reading
@@ -119,6 +125,8 @@ class View:
     leased: bool = False
     """A live lease shares a GPU with the target."""
     may_unload: bool = True
+    spares_pinned: bool = False
+    """Whoever is pinned stays, come what may."""
     tried: Sequence[Victim] = ()
     last_used: Mapping[str, float] = field(default_factory=dict)
     lingering_mib: Mapping[GpuRef, int] = field(default_factory=dict)
@@ -198,7 +206,7 @@ def decide(target: Consumer, view: View) -> Decision:
     if draining:  # 3
         return Wait("draining", consumers=draining)
     if excluded:
-        return Unload(tuple(excluded), required=True)
+        return Unload(tuple(_unpinned(excluded, view) or excluded), required=True)
     if shortfall_mib(target, view) <= 0:  # 5
         return Grant()
     return _make_room(target, view)
@@ -206,6 +214,7 @@ def decide(target: Consumer, view: View) -> Decision:
 
 def decide_call(target: Consumer, view: View) -> Decision:
     """The same for a proxied call. What can never fit is refused to it too."""
+    view = replace(view, spares_pinned=True)
     decision = decide(target, view)
     if not isinstance(decision, Refuse) or view.reading.problems(target.gpus) or impossible(target, view):
         return decision
@@ -216,31 +225,42 @@ def decide_call(target: Consumer, view: View) -> Decision:
     return Grant(despite=decision.error)
 
 
+def decide_restore(target: Consumer, view: View) -> Decision:
+    """The same for a consumer that is brought back although nobody asks for it."""
+    decision = decide(target, view)
+    if not isinstance(decision, Unload):
+        return decision
+    stays = [name for name in _excluded_residents(target, view) if view.catalog.consumers[name].pinned]
+    return decision if decision.required and not stays else Refuse(insufficient(target, view))
+
+
 def _make_room(target: Consumer, view: View) -> Decision:
-    failed = view.failed()
     idle = _idle_residents(target, view) if view.may_unload else []
     if any(name in view.leaving for name in idle):
         return Wait("preparing")
-    may_go = [name for name in idle if name not in failed]
-    if may_go:  # 6
-        return Unload((_smallest_set(target, view, may_go) or tuple(may_go))[:1], required=False)
-    if would_fit_later(target, view):  # 7
+    left = [name for name in idle if name not in view.failed()]
+    enough = _fewest(target, view, left)  # 6
+    if enough:
+        return Unload(enough, required=False)
+    pinned = [name for name in left if view.catalog.consumers[name].pinned]
+    for name in left:
+        if name not in pinned:
+            return Unload((name,), required=False)
+    if would_fit_later(target, view, pinned):  # 7
         return Wait("vram", shortfall_mib(target, view), _users(target, view))
+    if pinned:
+        return Unload((pinned[0],), required=False)
     little = _little_ones(target, view) if view.may_unload else ()
     if little:
         return Unload(little, required=False)
     return _before_refusing(target, view) or Refuse(kept_or_insufficient(target, view))
 
 
-def _smallest_set(target: Consumer, view: View, may_go: Sequence[str]) -> tuple[str, ...]:
-    short_mib = {gpu: mib for gpu in target.gpus if (mib := _shortfall_on(target, view, gpu)) > 0}
-    held_mib = {name: {gpu: view.held(name, gpu).held_mib for gpu in short_mib} for name in may_go}
-    return smallest_set(may_go, held_mib, short_mib)
-
-
 def _before_refusing(target: Consumer, view: View) -> Unload | Wait | None:
     """8: the target's own memory may be bloated or in pieces; once is enough."""
     if view.target_in_use or shortfall_mib(target, view) <= 0 or not view.may_unload:
+        return None
+    if view.spares_pinned and target.pinned:
         return None
     if any(view.lingering_mib.values()):
         return None  # what would fall is not the target's to give back
@@ -269,7 +289,16 @@ def _excluded_residents(target: Consumer, view: View) -> list[str]:
         for other in _others(target, view)
         if (view.resident(other) or other.name in view.in_use or _kept(other, view))
         and not view.catalog.may_coexist(target.name, other.name)
+        and not _spared(other, view)
     ]
+
+
+def _spared(consumer: Consumer, view: View) -> bool:
+    return view.spares_pinned and consumer.pinned
+
+
+def _unpinned(names: Sequence[str], view: View) -> list[str]:
+    return [name for name in names if not view.catalog.consumers[name].pinned]
 
 
 def _kept(other: Consumer, view: View) -> bool:
@@ -283,7 +312,8 @@ def _little_ones(target: Consumer, view: View) -> tuple[str, ...]:
     gpu = _to_blame(target, view)
     tried = {victim.consumer for victim in view.tried}
     untouchable = tried | view.in_use | view.leaving
-    idle = [c for c in _others(target, view) if gpu in c.gpus and c.name not in untouchable]
+    others = [c for c in _others(target, view) if not _spared(c, view)]
+    idle = [c for c in others if gpu in c.gpus and c.name not in untouchable]
     holding = {c.name: view.held(c.name, gpu).held_mib for c in idle if view.held(c.name, gpu).held_mib > 0}
     return tuple(holding) if sum(holding.values()) >= _shortfall_on(target, view, gpu) else ()
 
@@ -296,7 +326,28 @@ def _idle_residents(target: Consumer, view: View) -> list[str]:
         for other in _others(target, view)
         if other.name not in view.in_use and view.resident(other) and any(gpu in other.gpus for gpu in short)
     ]
+    idle = [other for other in idle if not _spared(other, view)]
     return [c.name for c in sorted(idle, key=lambda c: (view.last_used.get(c.name, float("-inf")), c.name))]
+
+
+def _fewest(target: Consumer, view: View, idle: Sequence[str]) -> tuple[str, ...]:
+    """6: those of ``idle`` (the least recently used first) that make room, with as few pinned ones as it takes; none:
+    all of them do not."""
+    short_mib = {gpu: mib for gpu in target.gpus if (mib := _shortfall_on(target, view, gpu)) > 0}
+    held_mib = {name: {gpu: view.held(name, gpu).held_mib for gpu in short_mib} for name in idle}
+    free = _unpinned(idle, view)
+    pinned = [name for name in idle if name not in free]
+    for some in range(len(pinned) + 1):
+        found = []
+        for last in combinations(pinned, some):
+            left = {gpu: mib - sum(held_mib[name][gpu] for name in last) for gpu, mib in short_mib.items()}
+            fits = all(mib <= 0 for mib in left.values())
+            first = () if fits else smallest_set(free, held_mib, left)
+            if first or fits:
+                found.append((*first, *last))
+        if found:
+            return min(found, key=len)
+    return ()
 
 
 # -- what is held ----
@@ -367,10 +418,12 @@ def impossible(target: Consumer, view: View) -> bool:
     return any(target.needs_mib(gpu) > _gpu(view, gpu).total_mib - view.headroom_mib for gpu in target.gpus)
 
 
-def would_fit_later(target: Consumer, view: View) -> bool:
-    """Whether it fits once everyone in use has ended and been unloaded, on every GPU that is short now."""
+def would_fit_later(target: Consumer, view: View, idle: Sequence[str] = ()) -> bool:
+    """Whether it fits once everyone in use has ended and been unloaded, and these idle ones too, on every GPU that is
+    short now."""
     return all(
-        _shortfall_on(target, view, gpu) <= _freed_by_holders(target, view, gpu)
+        _shortfall_on(target, view, gpu)
+        <= _freed_by_holders(target, view, gpu) + sum(view.held(name, gpu).held_mib for name in idle)
         for gpu in target.gpus
         if _shortfall_on(target, view, gpu) > 0
     )
@@ -420,10 +473,13 @@ def keeps_out(target: Consumer, view: View) -> GpuYielded | None:
 
 
 def _beside_strangers(view: View, gpu: GpuRef) -> int:
+    return beside_strangers_mib(_gpu(view, gpu), view.headroom_mib, view.outside)
+
+
+def beside_strangers_mib(gpu: GpuReading, headroom_mib: int, outside: Outside) -> int:
     """What could be lent of this GPU if every consumer were gone."""
-    read = _gpu(view, gpu)
-    strangers = sum(process.used_mib or 0 for process in read.untracked)
-    return read.total_mib - view.headroom_mib - strangers - view.kept_mib(gpu)
+    strangers = sum(process.used_mib or 0 for process in gpu.untracked)
+    return gpu.total_mib - headroom_mib - strangers - outside.kept_mib(gpu)
 
 
 def yielded(target: Consumer, to: Pause | Game, view: View) -> GpuYielded:
@@ -543,6 +599,9 @@ def insufficient(target: Consumer, view: View) -> InsufficientVram:
     if not view.may_unload and (residents := _idle_residents(target, view)):
         held = ", ".join(f"{name} {view.held(name, worst).held_mib} MiB" for name in residents)
         message += f". scheduling.mode lets gpumgr unload nobody; idle on the card: {held}"
+    if view.spares_pinned and (stays := [c.name for c in _others(target, view) if c.pinned and view.resident(c)]):
+        held = ", ".join(f"{name} {view.held(name, worst).held_mib} MiB" for name in stays)
+        message += f". Pinned, and not unloaded for a proxied call: {held}"
     if _evicted(view):
         message += f". Unloaded for this attempt: {', '.join(_evicted(view))}"
     return InsufficientVram(

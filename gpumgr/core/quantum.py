@@ -4,7 +4,8 @@ Owns: how long a turn lasts, and how long a consumer that is idle keeps the card
 or a clock: it is a pure decision over who waits, who holds, who stays, what swaps cost, and ``now``.
 
 A **swap** sends away consumers that are on the card for one that may not be there beside them; it costs seconds in
-which the card computes nothing. A request **needs a swap** while a consumer that its own one excludes is on the card.
+which the card computes nothing. A request **needs a swap** while a consumer that its own one excludes is on the card,
+or those whose sizes leave no room for it (core/sharing.py).
 Rules of the turn (the numbers stand beside the code; 0 to 5 are those of core/queue.py):
 
 6. Within one consumer and class: first come, first served. **Older** is below whoever is ahead by ``Entry.order``.
@@ -51,7 +52,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from gpumgr.core.catalog import Catalog
-from gpumgr.core.queue import Entry, Hold, Line, Stay, SwapSeconds, Turns, blocked, heads, in_order
+from gpumgr.core.queue import Entry, Hold, Line, Stay, SwapSeconds, Turns, blocked, heads, in_order, swapped_out
+from gpumgr.core.sharing import crowded
 
 FACTOR = 8.0
 LEAST = 1.0
@@ -115,9 +117,9 @@ class Quantum:
         """The swap that a waiting request needs; None: none. Also for whoever has to say why it waits."""
         due_at, lingers_until = float("-inf"), float("-inf")
         found = False
-        for name in catalog.excluded[entry.consumer]:
-            stay = stays.get(name)
-            if stay is None or stay.since is None:
+        for name in swapped_out(entry.consumer, stays, catalog):
+            stay = stays[name]
+            if stay.since is None:
                 continue
             found = True
             cost = round_trip_seconds(name, entry.consumer, swap_seconds)
@@ -168,8 +170,8 @@ class Swap:
 
 def waiting_for_part_of(resident: str, line: Line, catalog: Catalog) -> int:
     """How many wait for this consumer, or for it to go."""
-    excluded = catalog.excluded[resident]
-    return sum(len(entries) for name, entries in line.items() if name == resident or name in excluded)
+    others = catalog.excluded[resident] | catalog.mates[resident]
+    return sum(len(entries) for name, entries in line.items() if name == resident or name in others)
 
 
 def _is_known(resident: str, other: str, swap_seconds: SwapSeconds) -> bool:
@@ -183,4 +185,6 @@ def round_trip_seconds(resident: str, other: str, swap_seconds: SwapSeconds) -> 
 
 
 def _held_up(entry: Entry, behind: Iterable[tuple[Entry, float]], catalog: Catalog) -> bool:
-    return any(catalog.exclude(entry.consumer, other.consumer) for other, _ in behind)
+    older = [other.consumer for other, _ in behind]
+    excludes = any(catalog.exclude(entry.consumer, other) for other in older)
+    return excludes or crowded(entry.consumer, older, catalog)

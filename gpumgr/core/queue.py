@@ -10,7 +10,8 @@ Rules of the turn (the numbers stand beside the code):
    urgent one goes ahead of those that came shortly before it, and of nobody who has waited for longer than its head
    start: that is the ageing, and nobody starves. One that resumes counts as having come directly behind the one that
    it yielded to.
-1. Two requests conflict when their consumers share a GPU and do not coexist.
+1. Two requests conflict when their consumers share a GPU and do not coexist; some also where their sizes do not fit
+   together (core/sharing.py).
 2. Requests for one consumer conflict beyond its ``max_concurrency``.
 3. A request has its turn when it conflicts with no holder and with nobody ahead of it: nobody overtakes
    someone they would hold up.
@@ -26,12 +27,14 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import takewhile
 from typing import Protocol
 
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
+from gpumgr.core.sharing import crowded, holds_up, leaving_for
 
 
 class Phase(StrEnum):
@@ -252,10 +255,11 @@ def stays_after(
         stay = found.get(name, Stay())
         if stay.since is None:
             beside = []
+            leaving = leaving_for(name, on_card(found), catalog) if catalog.mates[name] else []
             for other, its in found.items():
                 if its.since is not None and catalog.exclude(name, other):
                     found[other] = replace(its, since=None)
-                elif its.since is not None and catalog.share_gpu(name, other):
+                elif its.since is not None and catalog.share_gpu(name, other) and other not in leaving:
                     beside.append(its.since)
             found[name] = replace(stay, since=min(beside, default=now), idle_since=None)
         elif stay.idle_since is not None:
@@ -274,7 +278,22 @@ def blocked(consumer: str, ahead: Mapping[str, int], catalog: Catalog) -> bool:
     """Whether one more request for this consumer conflicts with ``ahead`` (consumer → how many)."""
     if ahead.get(consumer, 0) >= catalog.consumers[consumer].max_concurrency:  # 2
         return True
-    return any(count and catalog.exclude(consumer, other) for other, count in ahead.items())  # 1
+    there = [other for other, count in ahead.items() if count]
+    return any(catalog.exclude(consumer, other) for other in there) or crowded(consumer, there, catalog)  # 1
+
+
+def on_card(stays: Mapping[str, Stay]) -> list[str]:
+    """Those who stay, in the order in which they would go: who is idle for the longest time first."""
+    there = [(name, stay.idle_since) for name, stay in stays.items() if stay.since is not None]
+    return [name for name, idle in sorted(there, key=lambda each: float("inf") if each[1] is None else each[1])]
+
+
+def swapped_out(consumer: str, stays: Mapping[str, Stay], catalog: Catalog) -> list[str]:
+    """Who has to leave the card for a request: all that its consumer excludes, and by size as many as it takes."""
+    found = [name for name in catalog.excluded[consumer] if name in stays and stays[name].since is not None]
+    if catalog.mates[consumer]:
+        found += leaving_for(consumer, [name for name in on_card(stays) if name not in found], catalog)
+    return found
 
 
 class Queue:
@@ -295,6 +314,16 @@ class Queue:
         self._last_arrived_at = float("-inf")
         self._orders: OrderedDict[int, Order] = OrderedDict()
         """Of those who had their turn lately, as whoever yielded to one comes back when it may be over."""
+
+    def copy(self) -> Queue:
+        """As it is now, for whoever wants to know what would come of something. The policy is shared, as it is pure."""
+        other = copy(self)
+        for name, book in vars(self).items():
+            if isinstance(book, dict):
+                setattr(other, name, copy(book))
+        other._line = {name: OrderedDict(entries) for name, entries in self._line.items()}
+        other._holds = {seq: replace(hold) for seq, hold in self._holds.items()}
+        return other
 
     # -- coming and going ---------------------------------------------------------------------------------
 
@@ -407,10 +436,9 @@ class Queue:
 
     def fork(self, swap_seconds: SwapSeconds | None = None) -> Queue:
         """A copy that can be played ahead: who waits and who holds now, and nobody in the middle of an unload."""
-        fork = Queue(self.catalog, self._policy, swap_seconds or self._swap_seconds)
-        fork.stays, fork.look_again_at, fork._seq = dict(self.stays), self.look_again_at, self._seq
-        fork._line = {name: OrderedDict(queued) for name, queued in self._line.items()}
-        fork._holds = {seq: replace(hold) for seq, hold in self._holds.items()}
+        fork = self.copy()
+        fork._unloading = {}
+        fork._swap_seconds = swap_seconds or self._swap_seconds
         return fork
 
     @property
@@ -446,7 +474,8 @@ class Queue:
         return sorted(entries, key=_order)
 
     def held_up_by(self, hold: Hold) -> int:
-        """How many waiting requests this hold alone would be enough to keep waiting."""
+        """How many waiting requests this hold alone would be enough to keep waiting, or keeps waiting by its size, with
+        others."""
         return sum(len(queued) for name, queued in self._line.items() if self._holds_up(hold, name))
 
     def behind(self, hold: Hold) -> int:
@@ -457,7 +486,12 @@ class Queue:
     def _holds_up(self, hold: Hold, consumer: str) -> bool:
         if consumer == hold.consumer:
             return len(self.holds_of(consumer)) >= self.catalog.consumers[consumer].max_concurrency
-        return self.catalog.exclude(consumer, hold.consumer)
+        return self.catalog.exclude(consumer, hold.consumer) or self._crowds(hold, consumer)
+
+    def _crowds(self, hold: Hold, consumer: str) -> bool:
+        """Whether it is one of those whose sizes together leave no room for this consumer."""
+        holders = (each.consumer for each in self._holds.values())
+        return holds_up(hold.consumer, consumer, holders, self.catalog)
 
     def why(self, entry: Entry) -> WaitingFor:
         """What this entry of the line waits for: the first that applies of holder, ahead, preparing."""
@@ -496,5 +530,6 @@ class Queue:
             for hold in self._holds.values()
             if (hold.consumer == consumer.name and full)
             or self.catalog.exclude(consumer.name, hold.consumer)
+            or self._crowds(hold, consumer.name)
             or (hold.phase is Phase.PREPARING and overlap(slots, hold.gpus))
         ]

@@ -37,8 +37,12 @@ class Resuming:
 
     def resume(self, lease_id: str | None, consumer: str, now: float) -> int | None:
         """Behind whom it comes back, once; None: nobody remembers it, or it is for another consumer."""
+        found = self.behind(lease_id, consumer, now)
+        if found is not None:
+            del self._kept[lease_id or ""]
+        return found
+
+    def behind(self, lease_id: str | None, consumer: str, now: float) -> int | None:
+        """The same, without coming back."""
         found = self._kept.get(lease_id or "")
-        if found is None or found.consumer != consumer or now >= found.until:
-            return None
-        del self._kept[lease_id or ""]
-        return found.to
+        return None if found is None or found.consumer != consumer or now >= found.until else found.to

@@ -38,6 +38,7 @@ from gpumgr.errors import (
     ShuttingDown,
 )
 from gpumgr.runtime.evictor import Evictor
+from gpumgr.runtime.explain import Explainer
 from gpumgr.runtime.following import Follower
 from gpumgr.runtime.housekeeping import Housekeeping
 from gpumgr.runtime.outsiders import Outsiders
@@ -149,6 +150,18 @@ class Broker:
             bring_back=self._bring_back,
         )
         self._housekeeper = Rounds("housekeeping", self.housekeeping.round)
+        self.explainer = Explainer(
+            self.state,
+            probe,
+            dialects,
+            clock,
+            lets_pass=self._lets_pass,
+            refusal_at_once=self._refusal_at_once,
+            named_process=self._named_process,
+            wait_seconds=self._wait_seconds,
+            priority=self._priority,
+            stopping=_shutting_down,
+        )
 
     # -- start and stop -------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from gpumgr.core.ledger import swap_seconds
-from gpumgr.core.outlook import Why, forecast, usual_seconds, why
+from gpumgr.core.outlook import Expected, Why, forecast, usual_seconds, why
 from gpumgr.core.queue import Entry, Queue, WaitingFor
 from gpumgr.runtime.refusals import ahead_words, blockers_words, quantum_words
 
@@ -33,24 +33,35 @@ class _Waiting:
     ready_at: float | None
 
 
+class Forecast:
+    """When those in a line may expect their turns. To be made with the lock held; ``expected`` reckons without it."""
+
+    def __init__(self, state: State, queue: Queue, now: float) -> None:
+        accounts = dict(state.ledger.accounts)
+        self.queue = queue.fork(cache(lambda leaving, coming: swap_seconds(accounts, [leaving], coming)))
+        self._now = now
+        self._usual = {name: usual_seconds(memory.hold_seconds) for name, memory in state.memory.items()}
+        self._granted_at = dict(state.granted_at)
+
+    def expected(self) -> dict[int, Expected]:
+        return forecast(self.queue.fork(), self._now, self._usual.get, self._granted_at)
+
+
 class Outlook:
     """To be made with the lock held."""
 
     def __init__(self, state: State, now: float) -> None:
         self._now = now
         self._shown = state.shown
-        accounts = dict(state.ledger.accounts)
-        self._queue = state.queue.fork(cache(lambda leaving, coming: swap_seconds(accounts, [leaving], coming)))
-        self._usual = {name: usual_seconds(memory.hold_seconds) for name, memory in state.memory.items()}
-        self._granted_at = dict(state.granted_at)
+        self._forecast = Forecast(state, state.queue, now)
+        self._queue = self._forecast.queue
         self._waiting = [_waiting(state, ticket, now) for ticket in state.tickets.values()]
         names = {each.entry.consumer for each in self._waiting}
         self._blockers = {name: blockers_words(state, state.catalog.consumers[name]) for name in names}
 
     def rows(self) -> list[dict[str, Any]]:
         """Everyone without an answer yet: those who have their turn, then whoever is next."""
-        played: Queue = self._queue.fork()
-        expected = forecast(played, self._now, self._usual.get, self._granted_at)
+        expected = self._forecast.expected()
         found = []
         for each in self._waiting:
             seq = each.entry.seq

@@ -26,11 +26,12 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
 from gpumgr.core.card import GpuProcess, Reading
+from gpumgr.core.catalog import Consumer
 from gpumgr.core.lease import Call, Lease
 from gpumgr.core.placement import (
     Decision,
@@ -43,7 +44,7 @@ from gpumgr.core.placement import (
     Wait,
     decide,
     decide_call,
-    insufficient,
+    decide_restore,
 )
 from gpumgr.core.queue import Phase, WaitingFor
 from gpumgr.errors import ConsumerUnhealthy, GpumgrError, InsufficientVram, InternalError, StoreUnavailable
@@ -170,7 +171,7 @@ class Preparation:
                 return False
             state.note_reading(reading)
             view = state.view(self._ticket, reading, {})
-            decision = (decide_call if self._ticket.proxied else decide)(self._target, view)
+            decision = decision_for(self._ticket)(self._target, view)
             if not isinstance(decision, Grant):
                 return False
             self._begin(decision, view, reading)
@@ -250,9 +251,7 @@ class Preparation:
         state.note_reading(reading)
         self._seen = state.changes
         view = state.view(self._ticket, reading, reports, (name for name, busy in self._said.items() if busy))
-        decision = (decide_call if self._ticket.proxied else decide)(self._target, view)
-        if self._ticket.restoring and isinstance(decision, Unload) and not decision.required:
-            decision = Refuse(insufficient(self._target, view))  # nobody makes room for whom nobody asked
+        decision = decision_for(self._ticket)(self._target, view)
         if isinstance(decision, Unload) and not self._asked(decision.consumers):
             return None
         if isinstance(decision, Grant) and self._must_ask_health(view):
@@ -261,7 +260,8 @@ class Preparation:
             return Wait("vram")
         if not view.may_unload and not isinstance(decision, Wait) and not self._told_would:
             self._told_would = True
-            state.note_would_evict(self._ticket, decide(self._target, dataclasses.replace(view, may_unload=True)))
+            would = decision_for(self._ticket)(self._target, dataclasses.replace(view, may_unload=True))
+            state.note_would_evict(self._ticket, would)
         if isinstance(decision, Wait):
             self._wait_inside(decision)
         else:
@@ -381,11 +381,7 @@ class Preparation:
             self._ticket.step = f"asking {name} for its health"
         error = self._ask_health()
         if error is not None:
-            raise ConsumerUnhealthy(
-                f"{name} does not pass its health check ({error}): nobody was unloaded for it. Start or repair it",
-                consumer=name,
-                cause=error,
-            )
+            raise unhealthy(name, error)
 
     def _is_healthy(self) -> bool:
         """With the lock held: whether it has said so just now."""
@@ -645,6 +641,20 @@ class Preparation:
             "granted_boot": round(boot, 6),
             "expires_boot": round(boot + lease.ttl_seconds, 6),
         }
+
+
+def decision_for(ticket: Ticket) -> Callable[[Consumer, View], Decision]:
+    """The rules that hold for what it asks for."""
+    return decide_restore if ticket.restoring else decide_call if ticket.proxied else decide
+
+
+def unhealthy(name: str, error: str) -> ConsumerUnhealthy:
+    """It does not serve, and nothing was done for it."""
+    return ConsumerUnhealthy(
+        f"{name} does not pass its health check ({error}): nobody was unloaded for it. Start or repair it",
+        consumer=name,
+        cause=error,
+    )
 
 
 def require_store(state: State) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpumgr.core.catalog import Consumer, GpuRef, overlap
 from gpumgr.core.outlook import Why, why
-from gpumgr.core.queue import Hold, WaitingFor
+from gpumgr.core.queue import Hold, Queue, WaitingFor
 from gpumgr.errors import PrepareTimeout, SchedulerTimeout
 
 if TYPE_CHECKING:
@@ -29,10 +29,12 @@ def prepare_timeout(state: State, ticket: Ticket) -> PrepareTimeout:
     )
 
 
-def scheduler_timeout(state: State, ticket: Ticket) -> SchedulerTimeout:
-    found = reason_of(state, ticket, state.now())
-    holders = [_facts(state, hold) for hold in _waited_for(state, ticket)]
-    ahead = state.queue.ahead(ticket.entry)
+def scheduler_timeout(state: State, ticket: Ticket, queue: Queue | None = None) -> SchedulerTimeout:
+    """``queue``: the line it stands in, where that is not the broker's own."""
+    found = reason_of(state, ticket, state.now(), queue)
+    waited_for = waits_for(state, ticket)
+    holders = waited_for["holders"]
+    ahead = (queue or state.queue).ahead(ticket.entry)
     waits = f"waiting for {found.reason}" if ticket.waiting_for is None else ticket.step
     said = _said(state, ticket, holders, ahead)
     if found.until is not None:
@@ -47,14 +49,16 @@ def scheduler_timeout(state: State, ticket: Ticket) -> SchedulerTimeout:
         ahead=ahead,
         holders=holders,
         quantum_ends_at=None if found.until is None else state.shown(found.until),
-        in_use=[{"consumer": name, "in_use": state.computing(name)} for name in _computing(state, ticket)],
+        in_use=waited_for["in_use"],
     )
 
 
-def reason_of(state: State, ticket: Ticket, now: float) -> Why:
+def reason_of(state: State, ticket: Ticket, now: float, queue: Queue | None = None) -> Why:
     if ticket.waiting_for is not None:
         return Why(ticket.waiting_for)
-    return Why(WaitingFor.PREPARING) if ticket.prepare_limit is not None else why(state.queue, ticket.entry, now)
+    if ticket.prepare_limit is not None:
+        return Why(WaitingFor.PREPARING)
+    return why(queue or state.queue, ticket.entry, now)
 
 
 def blockers_words(state: State, consumer: Consumer) -> str:
@@ -140,3 +144,14 @@ def _words(facts: Mapping[str, Any]) -> str:
         f"{who} has held {facts['consumer']} for {facts['held_seconds']:g} s "
         f"(lease {facts['lease_id']}, until {facts['expires_at']} unless renewed)"
     )
+
+
+def waits_for(state: State, ticket: Ticket) -> dict[str, list[dict[str, Any]]]:
+    """The facts of those whom a request waits for: ``holders``, and who is ``in_use`` without one."""
+    computing = [{"consumer": name, "in_use": state.computing(name)} for name in _computing(state, ticket)]
+    return {"holders": [_facts(state, hold) for hold in _waited_for(state, ticket)], "in_use": computing}
+
+
+def said_of(holders: Iterable[Mapping[str, Any]]) -> str:
+    """The same holders in words."""
+    return "; ".join(_words(facts) for facts in holders)

@@ -121,6 +121,8 @@ def _consumer(broker: Broker, consumer: Consumer, holdings: dict[tuple[str, GpuR
         "auto": consumer.auto,
         "held_mib": sum(h.held_mib for h in held) if all(h.resident is not None for h in held) else None,
         "can_coexist_with": sorted(consumer.can_coexist_with),
+        "coexist": "by_size" if consumer.by_size else "pairs",
+        "pinned": consumer.pinned,
         "healthy": memory.healthy,
         "health_error": memory.health_error,
         "checked_at": rfc3339(memory.checked_at) if memory.checked_at else None,

@@ -33,13 +33,15 @@ from gpumgr.core.placement import (
     View,
     Wait,
     assess,
+    beside_strangers_mib,
     decide,
     decide_call,
     keeps_out,
     promised_mib,
 )
-from gpumgr.core.queue import Phase, Policy, Priority, Queue, WaitingFor
+from gpumgr.core.queue import Entry, Phase, Policy, Priority, Queue, WaitingFor
 from gpumgr.core.resuming import Resuming
+from gpumgr.core.sharing import intrudes
 from gpumgr.core.yielding import YieldReason, yield_request
 from gpumgr.errors import GpumgrError, RequestEnded
 from gpumgr.runtime.ledger import Ledger
@@ -282,14 +284,22 @@ class State:
         for name, consumer in catalog.consumers.items():
             promised = [each for each in self._promises.values() if each.name == name]
             consumers[name] = keeping_promises(sized(consumer, self.ledger.account(name), lends), promised)
-        return replace(catalog, consumers=consumers)
+        return replace(catalog, consumers=consumers, lends_mib=self._lends())
+
+    def _lends(self) -> dict[GpuRef, int]:
+        """What each card has for consumers that coexist by size, beside its strangers."""
+        if not any(consumer.by_size for consumer in self._configured.consumers.values()):
+            return {}
+        read = self.readable.items()
+        return {ref: max(0, beside_strangers_mib(gpu, self._headroom_mib, self.outside)) for ref, gpu in read}
 
     def _size_anew(self) -> None:
         """A size that has changed is in force from the next decision on."""
-        if not any(consumer.auto for consumer in self._configured.consumers.values()):
+        if not any(consumer.auto or consumer.by_size for consumer in self._configured.consumers.values()):
             return
         promised = [seq for seq in self._promises if seq in self.queue.holds]
-        derived_from = (self.ledger.changes, promised, [(ref, gpu.total_mib) for ref, gpu in self.readable.items()])
+        totals = [(ref, gpu.total_mib) for ref, gpu in self.readable.items()]
+        derived_from = (self.ledger.changes, promised, totals, self._lends())
         if derived_from == self._sized_by:
             return
         self._sized_by = derived_from
@@ -424,9 +434,21 @@ class State:
     ) -> Ticket:
         """A new request, in the line."""
         behind = self.resuming.resume(ask.resume_of, consumer.name, now)
+        entry = self.queue.enter(consumer.name, now, priority=priority, behind=behind)
+        ticket = self.new_ticket(entry, ask, consumer, now, deadline, proxied=proxied)
+        ticket.resumes = None if behind is None else ask.resume_of
+        self.tickets[ticket.seq] = ticket
+        if ask.request is not None:
+            self.by_request[ask.request] = ticket
+        return ticket
+
+    def new_ticket(
+        self, entry: Entry, ask: Ask, consumer: Consumer, now: float, deadline: float, *, proxied: bool = False
+    ) -> Ticket:
+        """One that nobody knows of yet."""
         wanted = self._lease.default_ttl_seconds if ask.ttl_seconds is None else ask.ttl_seconds
-        ticket = Ticket(
-            entry=self.queue.enter(consumer.name, now, priority=priority, behind=behind),
+        return Ticket(
+            entry=entry,
             consumer=consumer,
             holder=ask.holder,
             ttl_seconds=self._lease.clamp_ttl(wanted),
@@ -438,30 +460,28 @@ class State:
             stirred=threading.Condition(self.lock),
             proxied=proxied,
             restoring=ask.restoring,
-            resumes=None if behind is None else ask.resume_of,
         )
-        self.tickets[ticket.seq] = ticket
-        if ask.request is not None:
-            self.by_request[ask.request] = ticket
-        return ticket
 
-    def end_lingers(self, ticket: Ticket, now: float) -> bool:
+    def end_lingers(self, ticket: Ticket, now: float, queue: Queue | None = None) -> bool:
         """Whether it would be refused on a card that is idle: its time is over before somebody else is believed not to
         come back. A swap that may be needless is less than a refusal that is."""
-        if ticket.restoring or not self.queue.is_waiting(ticket.entry):
+        queue = queue or self.queue
+        if ticket.restoring or not queue.is_waiting(ticket.entry):
             return False
-        found = why(self.queue, ticket.entry, now)
+        found = why(queue, ticket.entry, now)
         if not found.lingers or found.until is None or found.until < ticket.deadline:
             return False
         for name in found.whose:
-            self.queue.end_stay(name)
+            queue.end_stay(name)
         return True
 
     def make_way(self, consumer: Consumer) -> None:
         """Somebody asks: what housekeeping brings back on those GPUs can wait."""
-        for ticket in list(self.tickets.values()):
-            if ticket.restoring and overlap(ticket.consumer.gpus, consumer.gpus):
-                self.withdraw(ticket)
+        for ticket in self.making_way(consumer):
+            self.withdraw(ticket)
+
+    def making_way(self, consumer: Consumer) -> list[Ticket]:
+        return [t for t in self.tickets.values() if t.restoring and overlap(t.consumer.gpus, consumer.gpus)]
 
     def refuse(self, ticket: Ticket, error: GpumgrError) -> None:
         """Settle with an error that status and the log tell of; nothing where the ticket has its answer already."""
@@ -823,7 +843,7 @@ class State:
             elif remembered.resident_since is None:
                 remembered.resident_since = reading.read_at
                 remembered.wanted_back = False
-        self._note_intruders(resident)
+        self._note_intruders(resident, holdings)
         self._end_stays(reading, holdings)
 
     def _end_stays(self, reading: Reading, holdings: Mapping[tuple[str, GpuRef], Holding]) -> None:
@@ -838,14 +858,21 @@ class State:
         if ended and self.queue.look_again_at is not None:
             self.advance()
 
-    def _note_intruders(self, resident: set[str]) -> None:
+    def _note_intruders(self, resident: set[str], holdings: Mapping[tuple[str, GpuRef], Holding]) -> None:
         """Only where others are unloaded for a lease: else they may have been there before it."""
         held = {hold.consumer for hold in self.queue.holds.values()}
         strays = resident - held - {name for name in resident if self.queue.is_unloading(name)}
         strays = strays if self.may_unload else set()
+        there = {pair: holding.held_mib for pair, holding in holdings.items() if pair[0] in strays}
+        granted = {hold.consumer for hold in self.queue.holds.values() if hold.phase is not Phase.PREPARING}
         before, self.intruders = self.intruders, {}
         for lease in self.leases:
-            found = frozenset(name for name in strays if self.catalog.exclude(name, lease.consumer))
+            found = frozenset(
+                name
+                for name in strays
+                if self.catalog.exclude(name, lease.consumer)
+                or intrudes(name, lease.consumer, granted, there, self.catalog)
+            )
             if found:
                 self.intruders[lease.seq] = found
             for name in sorted(found - before.get(lease.seq, frozenset())):

@@ -7,6 +7,7 @@ from typing import Any
 from flask import Blueprint, Response, jsonify, request
 
 from gpumgr.core.lease import Lease
+from gpumgr.errors import QueueFull
 from gpumgr.runtime.broker import Broker
 from gpumgr.web.access import bearer_of
 from gpumgr.web.body import acquire_ask, reason, renew_ttl, withdrawn_request
@@ -27,6 +28,16 @@ def routes(broker: Broker, places: Places, hang_up: HangUp) -> Blueprint:
             return jsonify(grant(broker, lease))
         finally:
             place.give_back()
+
+    @blueprint.post("/v1/explain")
+    def explain() -> Response:
+        ask = acquire_ask(request)
+        try:
+            places.take().give_back()  # it needs none itself, but says what an acquire would be told
+        except QueueFull as full:
+            return jsonify(broker.explainer.refused(ask, full))
+        broker.glance()  # for the next one: who computes and who serves is what was heard last
+        return jsonify(broker.explainer.explain(ask))
 
     @blueprint.delete("/v1/lease")
     def withdraw() -> Response:

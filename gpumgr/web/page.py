@@ -358,14 +358,15 @@ class _Showing:
             seen=words.seen(consumer),
             warnings=words.warnings(consumer),
             returned=words.returned(consumer.get("unloads")),
-            resident=_truth(consumer.get("resident"), "resident", "not resident", "not known whether resident"),
+            resident=_truth(consumer.get("resident"), "resident", "not resident", "not known whether resident")
+            + (", pinned" if consumer.get("pinned") is True else ""),
             in_use="idle" if in_use is None else word,
             in_use_means="nobody holds it" if in_use is None else means,
             work=_works(consumer),
             health=_truth(healthy, "healthy", "unhealthy", words.NOT_KNOWN),
             health_error=plain(consumer.get("health_error") or ""),
             sick=healthy is False,
-            beside=plain(consumer.get("can_coexist_with") or "nobody"),
+            beside=_beside(consumer),
             grants=words.known(consumer.get("total_requests")),
             evictions=words.known(consumer.get("evictions")),
             last_used="never" if last is None else self.ago(last),
@@ -392,6 +393,12 @@ class _Showing:
             words=said,
             facts=facts,
         )
+
+
+def _beside(consumer: Facts) -> str:
+    by_size = ["whoever fits by size"] if consumer.get("coexist") == "by_size" else []
+    named = consumer.get("can_coexist_with")
+    return plain([*(named if isinstance(named, list) else []), *by_size]) or "nobody"
 
 
 def _store_error(store: object) -> str:

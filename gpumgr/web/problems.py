@@ -30,6 +30,7 @@ ROUTES = (
     "GET /v1/lease/{token}",
     "DELETE /v1/lease/{token}",
     "DELETE /v1/leases/{lease_id}",
+    "POST /v1/explain",
     "ANY /v1/{kind}",
     "ANY /v1/{kind}/{path}",
     "POST, GET or DELETE /v1/hold",

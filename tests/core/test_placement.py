@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpumgr.core.card import GpuProcess, GpuReading, Reading
 from gpumgr.core.catalog import Catalog, GpuRef
@@ -22,6 +26,7 @@ from gpumgr.core.placement import (
     assess,
     decide,
     decide_call,
+    decide_restore,
     given_back,
     impossible,
     promised_mib,
@@ -192,13 +197,113 @@ def test_6_room_is_made_by_the_least_recently_used_idle_resident_one_at_a_time()
     assert decide(TALK, view(gpu(4000), held=held, last_used={"chat": 50.0})) == Unload(("hear",), required=False)
 
 
-def test_6_the_smallest_set_that_makes_room_goes() -> None:
-    held = {"chat": 9000, "hear": 2000}
-    used = {"chat": 50.0, "hear": 40.0}
-    state = view(gpu(1000), held=held, last_used=used)
-    assert decide(TALK, state) == Unload(("chat",), required=False)  # hear was used before, and would not do
-    state = view(gpu(1000), held=held, last_used=used, tried=[kept("chat", 9000)])
-    assert decide(TALK, state) == Unload(("hear",), required=False)  # not enough, but all that is left
+def test_6_the_fewest_that_make_room_go_together() -> None:
+    held: dict[Any, int | Holding] = {"a": 3000, "b": 3000, "c": 3000, "d": 9000}
+    target = consumer("paint", 14000, beside=list(held))
+    many = catalog(target, *(consumer(name, beside=["paint"]) for name in held))
+    used = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
+    one = view(gpu(6000), of=many, held=held, last_used=used)
+    # 8512 are missing: d alone would do, before a, b and c who were used less lately
+    assert decide(target, one) == Unload(("d",), required=False)
+    two = view(gpu(3500), of=many, held=held, last_used=used)  # 11012: d and any other, of whom a was used least lately
+    assert decide(target, two) == Unload(("a", "d"), required=False)
+
+
+def test_6_who_is_pinned_goes_where_it_must_alone() -> None:
+    pinned = consumer("chat", 9000, beside=["hear", "talk"], pinned=True)
+    some = catalog(PAINT, pinned, HEAR, TALK)
+    used = {"chat": 1.0, "hear": 2.0}
+    both = view(gpu(500), of=some, held={"chat": 9000, "hear": 4100}, last_used=used)
+    assert decide(TALK, both) == Unload(("hear",), required=False)
+    small = view(gpu(500), of=some, held={"chat": 9000, "hear": 4000}, last_used=used)
+    assert decide(TALK, small) == Unload(("chat",), required=False)
+
+
+def test_6_who_is_pinned_does_not_go_in_vain() -> None:
+    pinned = consumer("chat", 3000, beside=["hear", "talk"], pinned=True)
+    some = catalog(PAINT, pinned, HEAR, TALK)
+    users = view(gpu(500, games={"game": 12000}), of=some, held={"chat": 3000, "hear": 8000}, in_use=["hear"])
+    assert decide(TALK, users) == Wait("vram", 4012, ("hear",))
+    both = view(gpu(500, games={"game": 19000}), of=some, held={"chat": 3000, "hear": 1500}, in_use=["hear"])
+    assert decide(TALK, both) == Wait("vram", 4012, ("hear",)), "both of them have to go, and one of them is in use"
+    last = view(gpu(500, games={"game": 20500}), of=some, held={"chat": 3000})
+    assert decide(TALK, last) == Unload(("chat",), required=False), "before a refusal whatever may help is tried"
+
+
+def test_3_who_is_pinned_goes_when_the_others_are_gone() -> None:
+    some = catalog(PAINT, consumer("chat", 9000, pinned=True), HEAR)
+    state = view(gpu(13000), of=some, held={"chat": 9000, "hear": 2000})
+    assert decide(PAINT, state) == Unload(("hear",), required=True)
+    state = view(gpu(15000), of=some, held={"chat": 9000}, tried=[went("hear", 2000)])
+    assert decide(PAINT, state) == Unload(("chat",), required=True)
+
+
+def test_a_call_spares_who_is_pinned() -> None:
+    some = catalog(PAINT, consumer("chat", 9000, pinned=True), HEAR)
+    assert decide_call(PAINT, view(gpu(15000), of=some, held={"chat": 9000})) == Grant()
+    beside = view(gpu(14000), of=some, held={"chat": 9000, "hear": 1000})
+    assert decide_call(PAINT, beside) == Unload(("hear",), required=True)
+    full = view(gpu(14000), of=some, held={"chat": 9000})
+    granted = decide_call(PAINT, full)
+    assert isinstance(granted, Grant)
+    assert granted.despite is not None
+    assert "Pinned, and not unloaded for a proxied call: chat 9000 MiB" in granted.despite.message
+    itself = replace(PAINT, pinned=True)
+    bloated = view(gpu(100, games={"game": 8000}), of=catalog(itself), held={"paint": 15900})
+    assert isinstance(decide_call(itself, bloated), Grant), "not even itself"
+    assert decide(itself, bloated) == Unload(("paint",), required=False)
+
+
+def test_nobody_pinned_goes_for_what_is_brought_back() -> None:
+    some = catalog(PAINT, consumer("chat", 9000, pinned=True), HEAR)
+    assert decide_restore(PAINT, view(gpu(22000), of=some, held={"hear": 2000})) == Unload(("hear",), required=True)
+    state = view(gpu(13000), of=some, held={"chat": 9000, "hear": 2000})
+    assert isinstance(refused(decide_restore(PAINT, state)), InsufficientVram)
+    makes_room = view(gpu(4000), held={"chat": 9000, "hear": 11000})
+    assert isinstance(refused(decide_restore(TALK, makes_room)), InsufficientVram)
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> View:
+    """Idle residents beside paint, some of them pinned."""
+    names = "abcdef"[: draw(st.integers(1, 6))]
+    pins = draw(st.sets(st.sampled_from(names)))
+    held = {name: draw(st.integers(1, 6)) * 1000 for name in names}
+    used = {name: float(draw(st.integers(0, 3))) for name in names}
+    others = [consumer(name, held[name], beside=["paint"], pinned=name in pins) for name in names]
+    everyone = catalog(consumer("paint", 14000, beside=list(names)), *others)
+    total = max(24000, sum(held.values()))
+    free = draw(st.integers(0, total - sum(held.values())))
+    rest = total - sum(held.values()) - free
+    return view(gpu(free, total, games={"game": rest}), of=everyone, held=dict(held), last_used=used)
+
+
+@given(crowds())
+def test_6_no_smaller_set_makes_room(state: View) -> None:
+    paint = state.catalog.consumers["paint"]
+    short = shortfall_mib(paint, state)
+    held = {name: holding.held_mib for (name, _), holding in state.holdings.items()}
+    sets = [some for size in range(len(held) + 1) for some in combinations(held, size)]
+    enough = [some for some in sets if sum(held[name] for name in some) >= short]
+    decision = decide(paint, state)
+    if short <= 0:
+        assert decision == Grant()
+        return
+    assert isinstance(decision, Unload)
+    if not enough:
+        assert len(decision.consumers) == 1, "it does not suffice: one at a time, those that are not pinned first"
+        assert not state.catalog.consumers[decision.consumers[0]].pinned or len(_pinned(state, held)) == len(held)
+        return
+    cost = min((len(_pinned(state, some)), len(some)) for some in enough)
+    assert (len(_pinned(state, decision.consumers)), len(decision.consumers)) == cost
+    if cost == (0, 1):
+        alone = [name for (name,) in (some for some in enough if len(some) == 1) if not _pinned(state, [name])]
+        oldest = min(alone, key=lambda name: (state.last_used[name], name))
+        assert decision.consumers == (oldest,)
+
+
+def _pinned(state: View, names: Iterable[str]) -> list[str]:
+    return [name for name in names if state.catalog.consumers[name].pinned]
 
 
 def test_6_nobody_is_unloaded_where_it_fits() -> None:

@@ -117,6 +117,7 @@ def code(answer: requests.Response) -> tuple[int, str]:
 
 ROUTES = [
     ("POST", "/v1/lease"),
+    ("POST", "/v1/explain"),
     ("GET", "/v1/lease/whatever"),
     ("POST", "/v1/lease/whatever/renew"),
     ("DELETE", "/v1/lease/whatever"),

@@ -34,6 +34,7 @@ SHAPE = {"code", "message", "type", "retryable", "details"}
 TARGETS = [
     *("/v1/lease", "/v1/lease/TOKEN", "/v1/lease/TOKEN/renew", "/v1/leases/ID", "/v1/status", "/healthz", "/readyz"),
     *("/v1/tts", "/v1/tts/x", "/v1/tts/", "/v1/tts/a/b?c=d", "/v1/leases", "/v1/models", "/v1/nobody", "/nowhere"),
+    *("/v1/explain", "/v1/explain/x"),
     *("/", "", "*", "/v1", "/v1/", "//", "/v1//lease", "/v1/lease/", "/v1/lease//renew", "/V1/LEASE", "/v1/lease?x"),
     *("/v1/status?refresh=off", "/v1/status?format=json", "/v1/status?format=%00", "/v1/status?refresh=off&refresh=on"),
     *("/v1/lease/%00", "/v1/lease/%0d%0aX:1/renew", "/v1/lease/..%2f..", "/v1/lease/../status", "/v1/%2e%2e/healthz"),

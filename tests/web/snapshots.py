@@ -29,6 +29,8 @@ def consumer(name: str, size_mib: int, held_mib: int | None, in_use: str | None 
         "auto": False,
         "held_mib": held_mib,
         "can_coexist_with": [],
+        "coexist": "pairs",
+        "pinned": False,
         "healthy": True,
         "health_error": None,
         "checked_at": at(-3),

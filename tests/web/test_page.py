@@ -433,6 +433,13 @@ def test_a_consumer_the_driver_does_not_list_is_drawn_with_what_is_remembered() 
     assert [(part.label, part.mib) for part in parts[:3]] == [("paint", 12000), ("chat", 400), ("not listed", 600)]
 
 
+def test_who_may_stand_beside_and_who_stays() -> None:
+    facts = everything()
+    facts["consumers"][0] |= {"coexist": "by_size", "can_coexist_with": ["hear"], "pinned": True, "resident": True}
+    found = page(facts, HEADROOM_MIB).consumers[0]
+    assert (found.beside, found.resident) == ("hear, whoever fits by size", "resident, pinned")
+
+
 def test_many_are_counted_and_not_all_printed(shown: Callable[[Facts], Walk]) -> None:
     many = ROWS_SHOWN + 250
     facts = everything() | {"queue": [waiting(i) for i in range(many)], "leases": [lease()] * many}
