@@ -113,6 +113,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self.free_until: datetime | None = None
         """Until when an operator keeps the card free."""
         self.free_for_at_most = 0.0
+        self.lent_again_at: float | None = None
         self.coming: tuple[str, str, int] | None = None
         """When, what, and of whom: what happens in the middle of something else."""
         self.stepping: list[Wanted] = []
@@ -528,7 +529,7 @@ class BrokerMachine(RuleBasedStateMachine):
     def resume(self, keep_up: bool) -> None:
         self.world.broker.outsiders.end_what_is_over()
         assert self.world.broker.outsiders.resume("ada") is self.kept_free()
-        self.free_until = None
+        self.free_until, self.lent_again_at = None, self.now
         self.follow()
         self.let_threads_run(keep_up)
 
@@ -868,7 +869,8 @@ class BrokerMachine(RuleBasedStateMachine):
         if isinstance(error, SchedulerTimeout | PrepareTimeout):
             return
         if isinstance(error, GpuYielded):
-            assert self.free_until is not None, "refused for nobody's sake"
+            since = self.lent_again_at  # who was refused before that, and is only now seen to have ended
+            assert self.free_until is not None or since == self.now, "refused for nobody's sake"
             return
         assert isinstance(error, InsufficientVram | EvictionFailed), error
         assert not wanted.proxied, f"a call was refused: {error}"
