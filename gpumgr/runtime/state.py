@@ -561,8 +561,8 @@ class State:
             for ticket in late:
                 self.queue.leave(ticket.seq)
                 self.refuse(ticket, scheduler_timeout(self, ticket))
-            if not late:
-                break
+            if not late and not self.queue.line:
+                break  # else: who goes may end a turn on another GPU, on which somebody waits for that
         if self.queue.look_again_at is not None:
             self.watch_from(self.queue.look_again_at)
         self.changes += 1
@@ -855,7 +855,7 @@ class State:
             if stay.since is not None and idle and gone:
                 self.queue.end_stay(name)
                 ended = True
-        if ended and self.queue.look_again_at is not None:
+        if ended and self.queue.line:
             self.advance()
 
     def _note_intruders(self, resident: set[str], holdings: Mapping[tuple[str, GpuRef], Holding]) -> None:
