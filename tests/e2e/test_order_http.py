@@ -100,7 +100,7 @@ def test_a_holder_makes_way_between_two_steps_and_comes_back(broker: RunningBrok
         given = ask.pool.submit(lease.yield_turn)
         token = token_of(voice)
         until(lambda: "job" in waiting(broker))
-        ask("late", kind="image")
+        ask("late", kind="image", priority="batch")
         broker.release(token)
         assert given.result(20) is True
         assert not lease.should_yield
