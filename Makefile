@@ -40,7 +40,7 @@ run: $(VENV)/.server           ## the broker on config/consumers.yaml
 	@exec $(BIN)/gunicorn -c config/gunicorn.conf.py wsgi:app
 
 test: $(VENV)/.test            ## the whole suite; without `make real` it skips the real servers, and says so
-	$(BIN)/pytest -n 4 --dist loadscope
+	$(BIN)/pytest -n 4 --dist loadscope --no-loadscope-reorder  # in their order, so that the longest do not come last
 
 long: $(VENV)/.test            ## what is too long for the suite: the hunt for mutants, 2 000 wrong requests, a short torture
 	$(BIN)/pytest -n 4 --dist loadscope -m long
