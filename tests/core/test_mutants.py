@@ -178,10 +178,8 @@ def one_request_many_leases(patch: pytest.MonkeyPatch) -> None:
 def one_request_many_places_in_the_line(patch: pytest.MonkeyPatch) -> None:
     real = State.enter
 
-    def enter(
-        self: State, ask: Ask, consumer: Consumer, now: float, deadline: float, *, proxied: bool = False
-    ) -> Ticket:
-        ticket = real(self, ask, consumer, now, deadline, proxied=proxied)
+    def enter(self: State, *asked: Any, **how: Any) -> Ticket:
+        ticket = real(self, *asked, **how)
         self.by_request.clear()
         return ticket
 
@@ -276,10 +274,8 @@ def calls_overtake_leases(patch: pytest.MonkeyPatch) -> None:
     calls: set[int] = set()
     heads, real = queue.heads, State.enter
 
-    def enter(
-        self: State, ask: Ask, consumer: Consumer, now: float, deadline: float, *, proxied: bool = False
-    ) -> Ticket:
-        ticket = real(self, ask, consumer, now, deadline, proxied=proxied)
+    def enter(self: State, *asked: Any, proxied: bool = False, **how: Any) -> Ticket:
+        ticket = real(self, *asked, proxied=proxied, **how)
         (calls.add if proxied else calls.discard)(ticket.seq)
         return ticket
 
