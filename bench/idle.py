@@ -57,11 +57,11 @@ def _work(port: int) -> None:
 
 
 def cpu_percent(processes: list[psutil.Process], seconds: float) -> float:
-    before, start = _cpu_seconds(processes), time.monotonic()
+    before, start = cpu_seconds(processes), time.monotonic()
     time.sleep(seconds)
-    return (_cpu_seconds(processes) - before) / (time.monotonic() - start) * 100
+    return (cpu_seconds(processes) - before) / (time.monotonic() - start) * 100
 
 
-def _cpu_seconds(processes: list[psutil.Process]) -> float:
+def cpu_seconds(processes: list[psutil.Process]) -> float:
     times = [process.cpu_times() for process in processes]
     return sum(spent.user + spent.system for spent in times)
