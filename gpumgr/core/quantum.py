@@ -15,14 +15,12 @@ Rules of the turn (the numbers stand beside the code; 0 to 5 are those of core/q
    gone, it is due when the last of their turns is over: so nobody keeps a card empty for a turn on another one.
 8. Among those that need a swap nobody overtakes anybody whom they would hold up: when a turn is over, the next one is
    the oldest request's. One that is due is held up by older ones only.
-9. The **quantum** of a pair is a multiple of what it costs to swap there and back, from ``LEAST`` to ``factor`` times.
-   It grows with what is asked of this part of the card: once for each ``WAITING_EACH`` requests that wait, and once
-   for each ``BUSY_EACH_SECONDS`` that it had been busy without a break as the turn began, or the one that waits came;
-   whichever is more. A card that few wait for has time for a swap; one that never rests, be it for two callers who
-   ask again at once, has not. A swap there and back
-   counts as ``floor_seconds`` at least, so that a turn covers a few requests. Where somebody has fixed
-   ``quantum_seconds``, that is its most instead. For a request that is more urgent than the next one for the
-   resident, it is ``URGENT`` times what the swap costs.
+9. The **quantum** of a pair is a multiple of what it costs to swap there and back, ``factor`` times at most:
+   once for each ``WAITING_EACH`` requests that wait for this part of the card, as one that few wait for has time for a
+   swap. It is the longest against a consumer that asked again at once, and usually does (within what 10 would wait
+   for): it would send the resident away for each of its requests. A swap there and back counts as ``floor_seconds`` at
+   least, so that a turn covers a few requests. Where somebody has fixed ``quantum_seconds``, that is its most instead.
+   For a request that is more urgent than the next one for the resident, it is ``URGENT`` times what the swap costs.
 10. A consumer that is idle **lingers** before a swap where it usually comes back soon: for twice the median of its
    last gaps and ``GRACE_SECONDS``, unless that is more than ``LINGER_SHARE`` of the cost of the swap there and back:
    then it would cost more than it saves, and it goes at once; so it does where nobody knows yet what a swap costs, as
@@ -56,11 +54,9 @@ from gpumgr.core.queue import Entry, Hold, Line, Stay, SwapSeconds, Turns, block
 from gpumgr.core.sharing import crowded
 
 FACTOR = 8.0
-LEAST = 1.0
 PATIENCE = 4.0
 URGENT = 1.0
-WAITING_EACH = 2.0
-BUSY_EACH_SECONDS = 100.0
+WAITING_EACH = 1.5
 FLOOR_SECONDS = 12.0
 LINGER_SHARE = 0.5
 GRACE_SECONDS = 0.2
@@ -123,30 +119,30 @@ class Quantum:
                 continue
             found = True
             cost = round_trip_seconds(name, entry.consumer, swap_seconds)
-            turn, patience = self._times(entry, name, stay, line, catalog)
+            insists = entry.consumer in stays and self._asked_again_at_once(stays[entry.consumer], cost)
+            turn, patience = self._times(entry, name, line, catalog, insists)
             due_at = max(due_at, stay.since + self.quantum_seconds_of(cost, turn))
             due_at = max(due_at, entry.counts_from + self.quantum_seconds_of(cost, patience))
             if stay.idle_since is not None and _is_known(name, entry.consumer, swap_seconds):
                 lingers_until = max(lingers_until, stay.idle_since + self.linger_seconds(stay, cost))
         return Swap(due_at, lingers_until) if found else None
 
-    def _times(self, entry: Entry, resident: str, stay: Stay, line: Line, catalog: Catalog) -> tuple[float, float]:
+    def _times(self, entry: Entry, resident: str, line: Line, catalog: Catalog, insists: bool) -> tuple[float, float]:
         """How many times what the swap costs the resident's turn lasts (9), and this one has to wait at least (7)."""
         next_there = next(iter(line.get(resident, {}).values()), None)
         if next_there is not None and entry.priority.rank < next_there.priority.rank:
             return URGENT, URGENT
-        asked = waiting_for_part_of(resident, line, catalog) / WAITING_EACH
-        if stay.since is not None and stay.busy_since is not None:
-            since = max(stay.since, entry.arrived_at)  # and not by now: whoever waits would see the end move away
-            asked = max(asked, (since - stay.busy_since) / BUSY_EACH_SECONDS)
-        return max(LEAST, asked), max(PATIENCE, asked)
+        asked = self.factor if insists else waiting_for_part_of(resident, line, catalog) / WAITING_EACH
+        return asked, max(PATIENCE, asked)
+
+    def _asked_again_at_once(self, stay: Stay, round_trip: float) -> bool:
+        return self.linger_seconds(stay, round_trip) > 0 and self._pays(stay.gaps[-1], round_trip)
 
     def quantum_seconds_of(self, round_trip: float, times: float) -> float:
         """So many times what the swap costs, within what is the most."""
-        most = max(LEAST, self.factor)
-        times = min(times, most)
+        times = min(times, self.factor)
         if self.quantum_seconds is not None:
-            return self.quantum_seconds * times / most
+            return self.quantum_seconds * times / self.factor
         return times * max(self.floor_seconds, round_trip)
 
     def longest_seconds(self, round_trip: float) -> float:
@@ -156,8 +152,12 @@ class Quantum:
         """How long it keeps the card although it is idle (10); 0: not at all."""
         if len(stay.gaps) < GAPS_NEEDED:
             return 0.0
-        expected = 2 * median(stay.gaps) + GRACE_SECONDS
-        return expected if expected <= self.linger_share * round_trip else 0.0
+        gap = median(stay.gaps)
+        return _expected_seconds(gap) if self._pays(gap, round_trip) else 0.0
+
+    def _pays(self, gap: float, round_trip: float) -> bool:
+        """Whether waiting for one that comes back after so long costs less than it saves."""
+        return _expected_seconds(gap) <= self.linger_share * round_trip
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +172,10 @@ def waiting_for_part_of(resident: str, line: Line, catalog: Catalog) -> int:
     """How many wait for this consumer, or for it to go."""
     others = catalog.excluded[resident] | catalog.mates[resident]
     return sum(len(entries) for name, entries in line.items() if name == resident or name in others)
+
+
+def _expected_seconds(gap: float) -> float:
+    return 2 * gap + GRACE_SECONDS
 
 
 def _is_known(resident: str, other: str, swap_seconds: SwapSeconds) -> bool:

@@ -122,8 +122,6 @@ class Hold:
 
 
 GAPS_KEPT = 8
-BREAK_SECONDS = 20.0
-"""Callers that ask again think for so long; what was busy before goes on."""
 ORDERS_KEPT = 256
 """So many turns later nobody comes back behind a request that it yielded to."""
 
@@ -133,14 +131,11 @@ class Stay:
     """A consumer on its GPUs, as far as turns know. ``since``: its turn began, as it came onto them or joined those who
     were there; None: it was sent away, or never came. ``idle_since``: nobody holds it nor waits for it; None
     while somebody does. ``gaps``: how many seconds it was idle before each of its last ``GAPS_KEPT`` returns, the
-    oldest first. ``busy_since``: from then on it, or somebody whom it excludes, held or waited, and never
-    for longer than ``BREAK_SECONDS`` nobody; ``break_since``: nobody does; None while somebody does."""
+    oldest first."""
 
     since: float | None = None
     idle_since: float | None = None
     gaps: tuple[float, ...] = ()
-    busy_since: float | None = None
-    break_since: float | None = None
 
     def asked(self, now: float) -> Stay:
         """Somebody asks for it, who is the first since it was idle."""
@@ -148,17 +143,6 @@ class Stay:
             return self
         gap = max(0.0, now - self.idle_since)
         return replace(self, idle_since=None, gaps=(*self.gaps, gap)[-GAPS_KEPT:])
-
-    def busy(self, now: float) -> Stay:
-        """Its part of the card is held or waited for."""
-        if self.busy_since is not None and self.break_since is None:
-            return self
-        over = self.break_since is None or now - self.break_since > BREAK_SECONDS
-        return replace(self, busy_since=now if over else self.busy_since, break_since=None)
-
-    def at_rest(self, now: float) -> Stay:
-        """Nobody holds or waits for its part of the card."""
-        return self if self.break_since is not None else replace(self, break_since=now)
 
 
 Line = Mapping[str, Mapping[int, Entry]]
@@ -267,10 +251,6 @@ def stays_after(
     for name, stay in found.items():
         if stay.since is not None and stay.idle_since is None and name not in held and name not in line:
             found[name] = replace(stay, idle_since=now)
-    asked = held | line.keys()
-    for name, stay in found.items():
-        busy = name in asked or not catalog.excluded[name].isdisjoint(asked)
-        found[name] = stay.busy(now) if busy else stay.at_rest(now)
     return found
 
 

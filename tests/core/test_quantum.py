@@ -8,16 +8,14 @@ from hypothesis import strategies as st
 
 from gpumgr.core.catalog import Consumer
 from gpumgr.core.quantum import (
-    BUSY_EACH_SECONDS,
     FACTOR,
     GRACE_SECONDS,
-    LEAST,
     PATIENCE,
     URGENT,
     WAITING_EACH,
     Quantum,
 )
-from gpumgr.core.queue import BREAK_SECONDS, HEAD_START_SECONDS, Entry, Phase, Policy, Priority, Queue, Stay, Turns
+from gpumgr.core.queue import HEAD_START_SECONDS, Entry, Phase, Policy, Priority, Queue, Stay, Turns
 from gpumgr.simulate.bound import beyond_promise
 from gpumgr.simulate.engine import Card, Run
 from gpumgr.simulate.peers import HeadAge
@@ -110,8 +108,9 @@ def test_7_a_quantum_is_counted_from_the_arrival_of_who_waits() -> None:
 
 
 def test_7_a_turn_that_has_just_begun_lasts_for_less_than_who_comes_then_has_to_wait() -> None:
-    assert LEAST < PATIENCE
-    for came_at, seconds in ((0.0, 100.0 + LEAST * 2 * SWAP), (100.0, 100.0 + PATIENCE * 2 * SWAP)):
+    turn = 2 / WAITING_EACH
+    assert turn < PATIENCE
+    for came_at, seconds in ((0.0, 100.0 + turn * 2 * SWAP), (100.0, 100.0 + PATIENCE * 2 * SWAP)):
         bench = Bench(*THREE, policy=Quantum(floor_seconds=2 * SWAP))
         bench.queue.stays["chat"] = Stay(since=100.0)
         bench.now = came_at
@@ -236,7 +235,7 @@ def test_who_waits_on_the_card_is_not_idle() -> None:
     [
         (MANY, Quantum(), LONGEST),
         (3 * MANY, Quantum(), LONGEST),
-        (int(5 * WAITING_EACH), Quantum(), 5 * 2 * SWAP),
+        (int(6 * WAITING_EACH), Quantum(), 6 * 2 * SWAP),
         (2, Quantum(), PATIENCE * 2 * SWAP),
         (MANY, Quantum(factor=1.0), 2 * SWAP),
         (MANY, Quantum(floor_seconds=60.0), FACTOR * 60.0),
@@ -257,21 +256,28 @@ def test_9_a_quantum_follows_the_swaps_and_how_many_wait(waiting: int, policy: Q
     assert bench.go() == ["voice"]
 
 
-@pytest.mark.parametrize(("rest_seconds", "times"), [(BREAK_SECONDS, 5), (BREAK_SECONDS + 1, PATIENCE), (0.0, FACTOR)])
-def test_9_a_quantum_grows_with_how_long_the_card_has_been_busy(rest_seconds: float, times: float) -> None:
+@pytest.mark.parametrize(
+    ("gaps", "times"),
+    [
+        ((0.0, 0.0, 0.0), FACTOR),
+        ((0.0, 4.0, 4.0), FACTOR),
+        ((0.0, 6.0, 6.0), PATIENCE),  # more than a swap is worth waiting for
+        ((0.0, 0.0, 6.0), PATIENCE),  # not this time
+        ((9.0, 9.0, 0.0), PATIENCE),  # this time, but not usually
+        ((0.0,), PATIENCE),
+    ],
+)
+def test_9_a_quantum_is_the_longest_against_who_asks_again_at_once(gaps: tuple[float, ...], times: float) -> None:
     bench = Bench(*THREE)
-    began = BUSY_EACH_SECONDS * (5 if rest_seconds else 99)
-    bench.serve("chat", began - rest_seconds - 1)
-    bench.now += rest_seconds
-    bench.serve("chat", 1.0)
-    bench.ask("chat", "voice")
+    bench.serve("chat")
+    bench.queue.stays["voice"] = Stay(gaps=gaps)
+    came_at = bench.now
+    bench.ask("voice", "chat")
+    bench.now = came_at + times * 2 * SWAP - 1
     assert bench.go() == ["chat"]
-    bench.now = began + times * 2 * SWAP - 1
-    bench.ask("chat", "chat")
+    bench.ask("chat")
     bench.end()
-    assert bench.go() == ["chat"]
     bench.now += 1
-    bench.end()
     assert bench.go() == ["voice"]
 
 
