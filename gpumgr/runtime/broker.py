@@ -445,7 +445,7 @@ class Broker:
             lease = self.state.leases.holder_of(request, self.clock.monotonic())
         if lease is None and ticket is not None:
             lease = self._granting(ticket)
-        return "released" if lease is not None and self.release(lease.token) else None
+        return "released" if lease is not None and self.release(lease.token, request.bearer) else None
 
     def _granting(self, ticket: Ticket) -> Lease | None:
         """What comes of a grant that is being written down. Raises: StoreUnavailable where that takes too long."""
@@ -671,12 +671,13 @@ class Broker:
         with self.state.lock:
             self.state.leases.wrote(lease.token, lease.ttl_seconds)
 
-    def release(self, token: str) -> bool:
-        """Whether this call ended a live lease. The next one in line goes at once."""
+    def release(self, token: str, bearer: str | None = None) -> bool:
+        """Whether this call ended a live lease. The next one in line goes at once. ``bearer``: the name of whoever
+        gives it back."""
         try:
             with self._told_once(token), self.state.lock:
                 lease = self._live(token)
-                self.state.note_yield(lease)
+                self.state.note_yield(lease, bearer)
                 self._begin_end(lease)
         except LeaseUnknown:
             return False

@@ -433,7 +433,7 @@ class State:
         priority: Priority = Priority.NORMAL,
     ) -> Ticket:
         """A new request, in the line."""
-        behind = self.resuming.resume(ask.resume_of, consumer.name, now)
+        behind = self.resuming.resume(ask.resume_of, consumer.name, now, ask.bearer)
         entry = self.queue.enter(consumer.name, now, priority=priority, behind=behind)
         ticket = self.new_ticket(entry, ask, consumer, now, deadline, proxied=proxied)
         ticket.resumes = None if behind is None else ask.resume_of
@@ -932,11 +932,11 @@ class State:
         }
         return Wish(found.reason.value, f"{who}, {why[found.reason]}", self.shown(found.since), to.seq)
 
-    def note_yield(self, lease: Lease) -> None:
-        """It is given back. Where somebody is waited for, its holder may come back behind that one."""
+    def note_yield(self, lease: Lease, bearer: str | None) -> None:
+        """This bearer gives it back. Where somebody is waited for, it may come back behind that one."""
         wish = self.wish(lease)
         if wish is not None:
-            self.resuming.yielded(lease.lease_id, lease.consumer, wish.seq, self._clock.monotonic())
+            self.resuming.yielded(lease.lease_id, lease.consumer, wish.seq, self._clock.monotonic(), bearer)
 
     def _lower_leftovers(self, reading: Reading) -> None:
         """An unload is proved while memory is still falling: what stays is the least that is seen afterwards."""

@@ -35,6 +35,8 @@ class Ask:
     """None: that of its kind."""
     resume_of: str | None = None
     """The lease_id of a lease that was given back when it was asked to yield."""
+    bearer: str | None = None
+    """The name of whoever asks; None where nobody is asked for it."""
 
 
 def _always() -> bool:

@@ -263,7 +263,9 @@ def test_who_made_way_comes_back_directly_behind_that_one(world: World) -> None:
     assert world.broker.state.events[-1]["resumes"] == lease.lease_id
 
 
-@pytest.mark.parametrize("why_not", ["never heard of", "another consumer", "too late", "nobody waited", "expired"])
+@pytest.mark.parametrize(
+    "why_not", ["never heard of", "another consumer", "another's", "too late", "nobody waited", "expired"]
+)
 def test_otherwise_it_is_a_request_like_any(world: World, why_not: str) -> None:
     lease = world.grant("chat", loaded=True, priority=Priority.BATCH)
     if why_not != "nobody waited":
@@ -272,14 +274,15 @@ def test_otherwise_it_is_a_request_like_any(world: World, why_not: str) -> None:
     if why_not == "expired":
         world.pass_time(120, watchdog=True)
     else:
-        world.broker.release(lease.token)
+        world.broker.release(lease.token, "imagen")
     world.prepare()
     if why_not == "too late":
         world.pass_time(600)
     name = "paint" if why_not == "another consumer" else "chat"
     lease_id = "0" * 10 if why_not == "never heard of" else lease.lease_id
     world.ask(name, holder="since then")
-    world.ask(name, holder="back", priority=Priority.BATCH, resume_of=lease_id)
+    bearer = "thief" if why_not == "another's" else "imagen"
+    world.ask(name, holder="back", priority=Priority.BATCH, resume_of=lease_id, bearer=bearer)
     assert [row["holder"] for row in queue_of(world)][-2:] == ["since then", "back"]
 
 
