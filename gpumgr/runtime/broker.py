@@ -484,8 +484,6 @@ class Broker:
         ticket = self.state.enter(ask, consumer, now, deadline, proxied=proxied, priority=self._priority(ask))
         if not self._lets_pass:
             self.state.advance(now, own=ticket)
-            if self.state.end_lingers(ticket, now):
-                self.state.advance(now, own=ticket)
         return ticket
 
     def _priority(self, ask: Ask) -> Priority:

@@ -39,7 +39,7 @@ from gpumgr.core.placement import (
     keeps_out,
     promised_mib,
 )
-from gpumgr.core.queue import Entry, Phase, Policy, Priority, Queue, WaitingFor
+from gpumgr.core.queue import Entry, Phase, Policy, Priority, Queue, WaitingFor, heads
 from gpumgr.core.resuming import Resuming
 from gpumgr.core.sharing import intrudes
 from gpumgr.core.yielding import YieldReason, yield_request
@@ -464,12 +464,15 @@ class State:
 
     def end_lingers(self, ticket: Ticket, now: float, queue: Queue | None = None) -> bool:
         """Whether it would be refused on a card that is idle: its time is over before somebody else is believed not to
-        come back. A swap that may be needless is less than a refusal that is."""
+        come back. A swap that may be needless is less than a refusal that is. Not where others go before it: it would be
+        refused all the same."""
         queue = queue or self.queue
-        if ticket.restoring or not queue.is_waiting(ticket.entry):
+        if ticket.restoring or ticket.is_late(now) or not queue.is_waiting(ticket.entry):
             return False
         found = why(queue, ticket.entry, now)
         if not found.lingers or found.until is None or found.until < ticket.deadline:
+            return False
+        if queue.why(ticket.entry) is WaitingFor.AHEAD:
             return False
         for name in found.whose:
             queue.end_stay(name)
@@ -552,7 +555,7 @@ class State:
         ``now`` is the caller's where it matters that no time has passed: with ``wait_seconds: 0``.
         """
         now = self._clock.monotonic() if now is None else now
-        while begun := self.queue.begin(now):
+        while (begun := self.queue.begin(now)) or self._end_a_linger(now):
             tickets = [self.tickets[hold.seq] for hold in begun]
             late = [ticket for ticket in tickets if not self._begin(ticket, now)]
             for ticket in tickets:
@@ -561,7 +564,7 @@ class State:
             for ticket in late:
                 self.queue.leave(ticket.seq)
                 self.refuse(ticket, scheduler_timeout(self, ticket))
-            if not late and not self.queue.line:
+            if begun and not late and not self.queue.line:
                 break  # else: who goes may end a turn on another GPU, on which somebody waits for that
         if self.queue.look_again_at is not None:
             self.watch_from(self.queue.look_again_at)
@@ -570,8 +573,15 @@ class State:
             if hold.phase is Phase.PREPARING and hold.seq in self.tickets:
                 self.tickets[hold.seq].stirred.notify_all()
 
+    def _end_a_linger(self, now: float) -> bool:
+        """Whether somebody is not waited for any more, for the sake of one who cannot wait for that."""
+        if self.queue.look_again_at is None:
+            return False
+        first = (self.tickets[entry.seq] for entry in heads(self.queue.line, self.catalog))
+        return any(self.end_lingers(ticket, now) for ticket in first)
+
     def _begin(self, ticket: Ticket, now: float) -> bool:
-        if now >= ticket.deadline and now != ticket.entered_at:
+        if ticket.is_late(now):
             return False
         self.memory[ticket.consumer.name].uses += 1
         ticket.began_at = now

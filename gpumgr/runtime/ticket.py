@@ -115,6 +115,10 @@ class Ticket:
     def preparing(self) -> bool:
         return self.prepare_limit is not None and self.waiting_for is None
 
+    def is_late(self, now: float) -> bool:
+        """Whether a turn that comes now is nobody's; one that comes at once never is."""
+        return now >= self.deadline and now != self.entered_at
+
     def limit(self, deadline: float) -> float | None:
         """Until when a caller with this deadline waits; None: the answer is being written down."""
         if self.granting:

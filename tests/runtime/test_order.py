@@ -12,7 +12,7 @@ from gpumgr.core.ledger import Observation, Unloaded
 from gpumgr.core.quantum import FLOOR_SECONDS, PATIENCE, UNKNOWN_SWAP_SECONDS, Quantum
 from gpumgr.core.queue import Fifo, Priority
 from gpumgr.core.resuming import KEPT, Resuming
-from gpumgr.errors import ConsumerUnhealthy
+from gpumgr.errors import ConsumerUnhealthy, SchedulerTimeout
 from gpumgr.runtime.broker import Broker, order_of
 from gpumgr.runtime.ports import Kept
 from gpumgr.runtime.snapshot import snapshot
@@ -99,6 +99,31 @@ def test_nobody_is_refused_for_who_may_come_back(world: World) -> None:
     late = world.ask("paint", wait_seconds=0.1)
     world.prepare()
     assert late.lease().consumer == "paint"
+
+
+@pytest.mark.parametrize(("wait_seconds", "goes"), [(10, True), (60, False)])
+def test_nor_who_has_waited_already_and_cannot_wait_for_that_too(
+    world: World, wait_seconds: float, *, goes: bool
+) -> None:
+    learn_swaps(world, world.broker, reload_seconds=18.0)
+    for _ in range(3):
+        world.broker.release(world.grant("chat", loaded=True).token)
+        world.pass_time(4.0)
+    lease = world.grant("chat")
+    paint = world.ask("paint", wait_seconds=wait_seconds)
+    world.pass_time(7.0)
+    world.broker.release(lease.token)
+    assert (world.begun() == [paint.ticket.seq]) is goes
+
+
+def test_nobody_is_waited_for_less_because_of_one_who_would_be_refused_anyway(world: World) -> None:
+    quick_visits(world)
+    world.broker.release(world.grant("chat").token)
+    paint = world.ask("paint")
+    assert isinstance(world.refusal("paint", wait_seconds=0), SchedulerTimeout)
+    assert world.begun() == []
+    world.pass_time(5, watchdog=True)
+    assert world.begun() == [paint.ticket.seq]
 
 
 def test_a_running_watchdog_wakes_for_it() -> None:
