@@ -89,8 +89,9 @@ class Quantum:
         swap_seconds: SwapSeconds,
     ) -> Turns:
         ahead = Counter(hold.consumer for hold in holds)
+        holders = Counter(ahead)
         first: list[Entry] = []
-        behind: list[tuple[Entry, float]] = []
+        behind: list[tuple[Entry, Swap]] = []
         due_at: dict[int, float] = {}
         for entry in heads(line, catalog):  # 6
             needs = self.swap_needed(entry, line, catalog, stays, swap_seconds)
@@ -99,16 +100,20 @@ class Quantum:
             if needs is None or (needs.due_at <= now and not _held_up(entry, behind, catalog)):
                 first.append(entry)
             else:
-                behind.append((entry, min(needs.due_at, needs.lingers_until)))  # 7
+                behind.append((entry, needs))  # 7
         found = in_order(first, ahead, catalog)
+        # Also of whoever is due. Not younger ones that wait: they held it up, so that nobody else says when it goes.
+        in_the_way = holders + Counter(entry.consumer for entry in found)
         look_again_at: float | None = None
-        for entry, until in behind:
+        for entry, needs in behind:
             goes = not blocked(entry.consumer, ahead, catalog)
+            until = min(needs.due_at, needs.lingers_until) if goes else needs.due_at  # 10
             ahead[entry.consumer] += 1  # 8
             if goes and until <= now:
                 found.append(entry)
-            elif goes:  # 10
+            elif until > now and not blocked(entry.consumer, in_the_way, catalog):
                 look_again_at = until if look_again_at is None else min(look_again_at, until)
+            in_the_way[entry.consumer] += 1
         return Turns(found, look_again_at, due_at)
 
     def swap_needed(
@@ -184,7 +189,7 @@ def round_trip_seconds(resident: str, other: str, swap_seconds: SwapSeconds) -> 
     return sum(UNKNOWN_SWAP_SECONDS if seconds is None else seconds for seconds in (there, back))
 
 
-def _held_up(entry: Entry, behind: Iterable[tuple[Entry, float]], catalog: Catalog) -> bool:
+def _held_up(entry: Entry, behind: Iterable[tuple[Entry, Swap]], catalog: Catalog) -> bool:
     older = [other.consumer for other, _ in behind]
     excludes = any(catalog.exclude(entry.consumer, other) for other in older)
     return excludes or crowded(entry.consumer, older, catalog)

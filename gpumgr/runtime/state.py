@@ -464,8 +464,8 @@ class State:
 
     def end_lingers(self, ticket: Ticket, now: float, queue: Queue | None = None) -> bool:
         """Whether it would be refused on a card that is idle: its time is over before somebody else is believed not to
-        come back. A swap that may be needless is less than a refusal that is. Not where others go before it: it would be
-        refused all the same."""
+        come back. A swap that may be needless is less than a refusal that is. Not where others go before it: it would
+        be refused all the same."""
         queue = queue or self.queue
         if ticket.restoring or ticket.is_late(now) or not queue.is_waiting(ticket.entry):
             return False

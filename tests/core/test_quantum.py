@@ -10,6 +10,7 @@ from gpumgr.core.catalog import Consumer
 from gpumgr.core.quantum import (
     BUSY_EACH_SECONDS,
     FACTOR,
+    FLOOR_SECONDS,
     GRACE_SECONDS,
     LEAST,
     PATIENCE,
@@ -123,6 +124,24 @@ def test_7_a_turn_that_has_just_begun_lasts_for_less_than_who_comes_then_has_to_
         bench.now = seconds
         bench.ask("chat")
         assert bench.go() == ["voice"]
+
+
+def test_7_who_is_held_up_by_younger_ones_alone_goes_when_it_is_due_and_not_when_somebody_ends() -> None:
+    hear, see = consumer("hear", beside=["chat", "see"]), consumer("see", beside=["hear", "voice"])
+    chat, voice = consumer("chat", beside=["hear"]), consumer("voice", beside=["see"])
+    bench = Bench(hear, chat, see, voice)
+    bench.queue._swap_seconds = lambda *pair: 4 * SWAP if set(pair) == {"chat", "see"} else 0.0
+    bench.ask("hear", "chat")
+    assert bench.go() == ["hear", "chat"]
+    bench.now = 1.0
+    bench.ask("see", "voice", "chat")
+    assert bench.go() == []
+    bench.now = PATIENCE * FLOOR_SECONDS + 1.0  # voice is due and waits for hear; the other chat waits for voice
+    bench.queue.leave(next(seq for seq, hold in bench.queue.holds.items() if hold.consumer == "chat"))
+    assert bench.go() == []
+    assert bench.queue.look_again_at == PATIENCE * 8 * SWAP + 1.0
+    bench.now = bench.queue.look_again_at
+    assert bench.go() == ["see"]
 
 
 def test_7_it_has_to_send_away_the_last_of_several() -> None:
