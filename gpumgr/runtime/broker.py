@@ -774,7 +774,8 @@ class Broker:
     def _quarantined(self, lease: Lease) -> bool:
         with self.state.lock:
             self.state.queue.holds[lease.seq].phase = Phase.QUARANTINE
-            quarantine = Quarantine(lease.lease_id, lease.consumer, lease.seq)
+            until = self.clock.monotonic() + self.settings.lease.quarantine_seconds
+            quarantine = Quarantine(lease.lease_id, lease.consumer, lease.seq, until)
             self.state.quarantines[lease.seq] = quarantine
         self._begin_quarantine(quarantine)
         return False

@@ -110,11 +110,13 @@ class Memory:
 
 @dataclass(eq=False, slots=True)
 class Quarantine:
-    """A lease that is over while its consumer may still compute for it. ``seq`` is its hold in the queue."""
+    """A lease that is over while its consumer may still compute for it, and excludes others ``until`` then at most.
+    ``seq`` is its hold in the queue."""
 
     lease_id: str
     consumer: str
     seq: int
+    until: float
 
 
 class State:
@@ -258,7 +260,8 @@ class State:
         granted = replace(self.catalog.consumers[lease.consumer], gpus=lease.gpus, vram_resident_mib=kept.sizes_mib)
         self._promise(hold.seq, granted)
         if kept.quarantined:
-            self.quarantines[hold.seq] = Quarantine(lease.lease_id, lease.consumer, hold.seq)
+            until = now + self._lease.quarantine_seconds
+            self.quarantines[hold.seq] = Quarantine(lease.lease_id, lease.consumer, hold.seq, until)
             return
         most = self._lease.max_hold_seconds
         until = lease.granted_at + most if most else lease.hold_until
