@@ -5,7 +5,8 @@ queue, or know memory, HTTP, threads or a clock.
 
 The forecast is a guess and a careful one: everybody who waits keeps waiting, each holds for as long as its consumer's
 holds usually take, one that holds for longer than that already as long again, nobody longer than they may, and a swap
-takes what it was seen to take. A start that depends on the end of somebody of whom nothing is known is not known either.
+takes what it was seen to take. A start that depends on the end of somebody of whom nothing is known is not known
+either.
 """
 
 from __future__ import annotations
@@ -119,6 +120,8 @@ class _Play:
         self._ends: list[tuple[float, int, bool]] = []
         self._doubtful: set[GpuRef] = set()
         """GPUs on which somebody was guessed to end."""
+        self._prepared_at: dict[GpuRef, float] = {}
+        """When the last one that began there is granted: one preparation per GPU."""
         for hold in self.queue.holds.values():
             self._goes_on(hold, held_since.get(hold.seq), over_by.get(hold.seq, float("inf")))
         waiting = [entry.seq for entry in self.queue.waiting()]
@@ -152,7 +155,9 @@ class _Play:
             begun = self.queue.begin(self.now)
             for hold in begun:
                 hold.phase = Phase.LIVE
-                start_at = self.now + self._swap_seconds(hold, before)
+                free_at = max([self.now, *(self._prepared_at.get(gpu, self.now) for gpu in hold.gpus)])
+                start_at = free_at + self._swap_seconds(hold, before)
+                self._prepared_at |= dict.fromkeys(hold.gpus, start_at)
                 usual = self.usual(hold.consumer)
                 known = self._doubtful.isdisjoint(hold.gpus)
                 self._found[hold.seq] = Expected(len(self._found) + 1, start_at if known else None)

@@ -66,6 +66,12 @@ def test_one_that_holds_for_longer_than_usual_is_taken_to_go_on_for_as_long() ->
     assert bench.foreseen(20.0) == [Expected(1, 40.0)]
 
 
+def test_one_after_the_other_is_prepared_on_a_card() -> None:
+    bench = Bench(CHAT, consumer("see", beside=["hear"]), consumer("hear", beside=["see"]))
+    bench.enter("see", "hear", at=1.0)
+    assert bench.foreseen(2.0) == [Expected(1, 8.0 + SWAP), Expected(2, 8.0 + SWAP)]
+
+
 def test_nobody_is_taken_to_hold_for_longer_than_they_may() -> None:
     bench = Bench()
     bench.enter("chat", at=1.0)
