@@ -554,20 +554,18 @@ class State:
         """Somebody came or went: whoever has the turn now begins its preparation, on a thread for that, unless it is
         ``own``: then the caller looks after it.
 
-        A turn that comes after the deadline is nobody's, also where the caller's thread did not get to say so yet.
-        ``now`` is the caller's where it matters that no time has passed: with ``wait_seconds: 0``.
+        A turn that comes after the deadline is nobody's, and ends nobody's, also where the caller's thread did not get
+        to say so yet. ``now`` is the caller's where it matters that no time has passed: with ``wait_seconds: 0``.
         """
         now = self._clock.monotonic() if now is None else now
+        self._refuse_late(now)
         while (begun := self.queue.begin(now)) or self._end_a_linger(now):
-            tickets = [self.tickets[hold.seq] for hold in begun]
-            late = [ticket for ticket in tickets if not self._begin(ticket, now)]
-            for ticket in tickets:
-                if ticket.preparing and ticket is not own:
+            for ticket in [self.tickets[hold.seq] for hold in begun]:
+                self._begin(ticket, now)
+                if ticket is not own:
                     self.hand_over(ticket)
-            for ticket in late:
-                self.queue.leave(ticket.seq)
-                self.refuse(ticket, scheduler_timeout(self, ticket))
-            if begun and not late and not self.queue.line:
+            self._refuse_late(now)
+            if begun and not self.queue.line:
                 break  # else: who goes may end a turn on another GPU, on which somebody waits for that
         if self.queue.look_again_at is not None:
             self.watch_from(self.queue.look_again_at)
@@ -580,17 +578,22 @@ class State:
         """Whether somebody is not waited for any more, for the sake of one who cannot wait for that."""
         if self.queue.look_again_at is None:
             return False
-        first = (self.tickets[entry.seq] for entry in heads(self.queue.line, self.catalog))
-        return any(self.end_lingers(ticket, now) for ticket in first)
+        return any(self.end_lingers(ticket, now) for ticket in self._heads())
 
-    def _begin(self, ticket: Ticket, now: float) -> bool:
-        if ticket.is_late(now):
-            return False
+    def _heads(self) -> list[Ticket]:
+        return [self.tickets[entry.seq] for entry in heads(self.queue.line, self.catalog)]
+
+    def _refuse_late(self, now: float) -> None:
+        """Of those who may have the turn next."""
+        while late := [ticket for ticket in self._heads() if ticket.is_late(now)]:
+            for ticket in late:
+                self.refuse(ticket, scheduler_timeout(self, ticket))
+
+    def _begin(self, ticket: Ticket, now: float) -> None:
         self.memory[ticket.consumer.name].uses += 1
         ticket.began_at = now
         ticket.prepare_limit = now + self._lease.max_prepare_seconds
         ticket.step = "waiting for a preparation thread"
-        return True
 
     def hand_over(self, ticket: Ticket) -> None:
         """To the preparation threads."""

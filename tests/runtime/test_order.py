@@ -168,6 +168,20 @@ def test_who_left_the_card_by_itself_is_not_waited_for(world: World) -> None:
     assert world.begun() == [paint.ticket.seq]
 
 
+def test_who_is_late_ends_nobody_s_turn(world: World) -> None:
+    for _ in range(3):
+        world.broker.release(world.grant("paint", loaded=True).token)
+        world.pass_time(0.1)
+    learn_swaps(world, world.broker)
+    world.pass_time(10)
+    lease = world.grant("chat", loaded=True)
+    paint = world.ask("paint", wait_seconds=5)
+    world._move_to(world.now + 6)  # its caller's thread did not get to say so
+    world.broker.release(lease.token)
+    assert isinstance(paint.ticket.outcome, SchedulerTimeout)
+    assert world.grant("chat").granted_at == world.now
+
+
 def test_who_never_came_onto_the_card_has_no_turn(world: World) -> None:
     world.broker.release(world.grant("chat", loaded=True).token)
     world.services["paint"].unhealthy = "it burns"
