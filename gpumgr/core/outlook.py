@@ -33,7 +33,7 @@ UsualSeconds = Callable[[str], float | None]
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """``until``: of a quantum alone, when it is over at the latest. ``whose``: who keeps the card until then.
+    """``until``: of a quantum alone, when it is over if nobody else comes. ``whose``: who keeps the card until then.
     ``lingers``: nobody uses it meanwhile."""
 
     reason: WaitingFor

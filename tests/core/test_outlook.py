@@ -119,6 +119,18 @@ def test_why_a_quantum_and_until_when() -> None:
     assert why(bench.queue, paint, due_at).reason is WaitingFor.HOLDER, "it is due: what runs is all it waits for"
 
 
+def test_a_quantum_lasts_for_longer_where_more_requests_come() -> None:
+    bench = Bench()
+    bench.enter("paint", "chat", at=1.0)
+    paint, _ = bench.queue.waiting()
+    before = why(bench.queue, paint, 2.0).until
+    bench.enter(*["chat"] * 20, at=3.0)
+    after = why(bench.queue, paint, 3.0).until
+    assert before is not None
+    assert after is not None
+    assert before < after
+
+
 def test_who_came_earlier_overtakes_nobody() -> None:
     bench = Bench()
     bench.enter("chat", "paint", at=1.0)
