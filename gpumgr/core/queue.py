@@ -386,6 +386,9 @@ class Queue:
             slots |= gpus  # 5: also where it must wait, so that nobody behind it goes first
             if free and entry.consumer not in self._unloading:  # 4
                 begun.append(self._hold(entry))
+        if len(begun) < len(turns.entries):  # 5: who has to keep its place holds others up until they are due
+            due = [at for at in turns.due_at.values() if at > now]
+            self.look_again_at = min(due if self.look_again_at is None else [self.look_again_at, *due], default=None)
         if begun:
             self.stays = stays_after(self.stays, self._line, self._holds.values(), self.catalog, now)
         return begun

@@ -144,6 +144,23 @@ def test_7_who_is_held_up_by_younger_ones_alone_goes_when_it_is_due_and_not_when
     assert bench.go() == ["see"]
 
 
+def test_7_nor_when_a_preparation_ends_that_somebody_younger_waits_for() -> None:
+    both, right = consumer("both", gpus=(0, 1), beside=["right"]), consumer("right", gpus=(1,), beside=["both"])
+    bench = Bench(consumer("left"), both, right)
+    bench.ask("both")
+    assert bench.go() == ["both"]
+    bench.ask("right")
+    (preparing,) = bench.queue.begin(0.0)
+    bench.ask("left")
+    bench.queue.leave(1)
+    bench.ask("both")
+    assert bench.queue.begin(0.0) == []
+    assert preparing.phase is Phase.PREPARING
+    bench.now = bench.queue.look_again_at or 0.0
+    assert bench.now == PATIENCE * 2 * SWAP
+    assert bench.go() == ["left"]
+
+
 def test_7_it_has_to_send_away_the_last_of_several() -> None:
     left, right = consumer("left", gpus=(0,)), consumer("right", gpus=(1,))
     bench = Bench(left, right, consumer("both", gpus=(0, 1)))
