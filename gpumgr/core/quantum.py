@@ -10,8 +10,8 @@ Rules of the turn (the numbers stand beside the code; 0 to 5 are those of core/q
 
 6. Within one consumer and class: first come, first served. **Older** is below whoever is ahead by ``Entry.order``.
 7. A request that needs no swap goes ahead of an older one that needs one, until that one is **due**: the resident has
-   had its quantum since its turn began, and so has the one that waits since it counts as waiting (its arrival, less
-   the head start of its class), which is ``PATIENCE`` times what the swap costs at least. Where it needs several
+   had its quantum since its turn began, and so has the one that waits since its arrival (less the head start of its
+   class, where it has one), which is ``PATIENCE`` times what the swap costs at least. Where it needs several
    gone, it is due when the last of their turns is over: so nobody keeps a card empty for a turn on another one.
 8. Among those that need a swap nobody overtakes anybody whom they would hold up: when a turn is over, the next one is
    the oldest request's. One that is due is held up by older ones only.
@@ -130,7 +130,8 @@ class Quantum:
             cost = round_trip_seconds(name, entry.consumer, swap_seconds)
             turn, patience = self._times(entry, name, stay, line, catalog)
             due_at = max(due_at, stay.since + self.quantum_seconds_of(cost, turn))
-            due_at = max(due_at, entry.counts_from + self.quantum_seconds_of(cost, patience))
+            waits_from = min(entry.arrived_at, entry.counts_from)
+            due_at = max(due_at, waits_from + self.quantum_seconds_of(cost, patience))
             if stay.idle_since is not None and _is_known(name, entry.consumer, swap_seconds):
                 lingers_until = max(lingers_until, stay.idle_since + self.linger_seconds(stay, cost))
         return Swap(due_at, lingers_until) if found else None

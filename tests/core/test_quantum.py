@@ -432,7 +432,7 @@ def test_7_who_is_more_urgent_is_due_earlier_by_its_head_start() -> None:
         (Priority.NORMAL, Priority.BATCH, URGENT * 2 * SWAP),
         (Priority.NORMAL, Priority.NORMAL, LONGEST),
         (Priority.INTERACTIVE, Priority.INTERACTIVE, LONGEST),
-        (Priority.BATCH, Priority.BATCH, LONGEST + HEAD_START_SECONDS),
+        (Priority.BATCH, Priority.BATCH, LONGEST),
     ],
 )
 def test_9_a_quantum_is_short_for_who_is_more_urgent(asked: Priority, waiting: Priority, seconds: float) -> None:
@@ -479,10 +479,17 @@ HELD = (
     [Arrival(0.0, "a", 99.0), Arrival(1.0, "a", 1.0, Priority.INTERACTIVE)],
     Quantum(factor=1.0, floor_seconds=0.0),
 )
+BATCHES = (
+    TWO,
+    [Arrival(0.0, "b", 1.0, Priority.INTERACTIVE)]
+    + [Arrival(0.0, name, 1.0, Priority.BATCH) for name in ("a", "b", "b")],
+    Quantum(factor=1.0, floor_seconds=0.0),
+)
 
 
 @settings(max_examples=100, deadline=None)
 @given(workloads())
+@example(BATCHES)  # by others that are no more urgent than itself
 @example(AT_ONCE)  # the second one ends at the instant at which the first one came
 @example(HELD)  # by one that is less urgent
 def test_nobody_waits_longer_than_the_bound(workload: tuple[list[Kind], list[Arrival], Quantum]) -> None:
