@@ -140,6 +140,7 @@ def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
         ({"scheduling.policy": "lifo"}, ["scheduling.policy", "quantum, fifo"]),
         ({"scheduling.quantum_seconds": "long"}, ["scheduling.quantum_seconds", "or auto"]),
         ({"scheduling.quantum_seconds": 0}, ["scheduling.quantum_seconds", "more than 0"]),
+        ({"scheduling.quantum_seconds": 900_000_000_000}, ["scheduling.quantum_seconds", "at most 86400"]),
         (
             {"scheduling.policy": "fifo", "scheduling.quantum_seconds": 30},
             ["scheduling.quantum_seconds needs scheduling.policy: quantum"],
@@ -452,6 +453,13 @@ def test_a_service_whose_work_an_unload_would_cut_unseen_is_warned_of(tmp_path: 
     assert settings.consumers["tabby"].dialect == "http"
     (warning,) = [w for w in settings.warnings if "tabby" in w]
     assert "no busy report, and its unload cuts what runs" in warning
+
+
+@pytest.mark.parametrize("mode", ["evicting", "locked", "passthrough"])
+def test_a_quantum_where_nobody_is_unloaded_is_warned_of(tmp_path: Path, mode: str) -> None:
+    changes = {"scheduling.mode": mode, "scheduling.quantum_seconds": 60}
+    found = config.load_file(written(tmp_path, changes)).warnings
+    assert ["quantum_seconds changes nothing" in warning for warning in found] == [True] * (mode != "evicting")
 
 
 def test_what_stays_of_vllm_is_more_than_of_others(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def _settings(file: Path, document: object, environ: Mapping[str, str], tokens: 
     rest = {name: consumer.rest for name, consumer in settings.items()}
     _require_ways_back(settings)
     _require_pinned_stay(catalog, settings)
-    warnings = tuple(_warnings(catalog, settings))
+    warnings = (*_idle_words(scheduling), *_warnings(catalog, settings))
     return Settings(file, server, gpu, lease, scheduling, catalog, settings, warnings, proxy, rest, priorities)
 
 
@@ -502,6 +502,14 @@ def _require_own_cgroups(settings: Iterable[ConsumerSettings]) -> None:
 def _has_mates(catalog: Catalog, name: str) -> bool:
     others = (other for other in catalog.consumers.values() if other.name != name)
     return any(other.by_size and catalog.share_gpu(name, other.name) for other in others)
+
+
+def _idle_words(scheduling: SchedulingSettings) -> Iterable[str]:
+    if scheduling.quantum_seconds is not None and scheduling.mode != "evicting":
+        yield (
+            f"scheduling.quantum_seconds changes nothing while scheduling.mode is {scheduling.mode}: nobody is "
+            "unloaded then, and the order is first come, first served"
+        )
 
 
 def _warnings(catalog: Catalog, settings: Mapping[str, ConsumerSettings]) -> Iterable[str]:

@@ -134,7 +134,7 @@ def seconds(where: str, value: Any) -> float:
 
 
 def seconds_of_a_day(where: str, value: Any) -> float:
-    """What the kernel takes as a limit of a socket."""
+    """What the kernel takes as a limit of a socket, and what still ends before the calendar does."""
     wanted = seconds(where, value)
     if wanted > DAY_SECONDS:
         raise ConfigError(f"{where} must be at most {DAY_SECONDS} seconds, a day, not {shown(value)}")
@@ -146,10 +146,10 @@ def seconds_or_zero(where: str, value: Any) -> float:
 
 
 def seconds_or_auto(where: str, value: Any) -> float | None:
-    """None: ``auto``."""
+    """None: ``auto``. A day at most."""
     if isinstance(value, str) and value != "auto":
         raise ConfigError(f"{where} must be a number of seconds, or auto, not {shown(value)}")
-    return None if value == "auto" else seconds(where, value)
+    return None if value == "auto" else seconds_of_a_day(where, value)
 
 
 def whole(minimum: int) -> Callable[[str, Any], int]:

@@ -4,8 +4,9 @@ Owns: the reason of a wait, and the forecast, which plays the very order ahead o
 queue, or know memory, HTTP, threads or a clock.
 
 The forecast is a guess and a careful one: everybody who waits keeps waiting, each holds for as long as its consumer's
-holds usually take, one that holds for longer than that already as long again, and a swap takes what it was seen to
-take. A start that depends on the end of somebody of whom nothing is known is not known either.
+holds usually take, one that holds for longer than that already as long again, nobody longer than they may, and a swap
+takes what it was seen to take. A start that depends on the end of somebody of whom nothing is known is not known
+either.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ UsualSeconds = Callable[[str], float | None]
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """``until``: of a quantum alone, when it is over at the latest. ``whose``: who keeps the card until then.
+    """``until``: of a quantum alone, when it is over if nobody else comes. ``whose``: who keeps the card until then.
     ``lingers``: nobody uses it meanwhile."""
 
     reason: WaitingFor
@@ -96,11 +97,16 @@ def _overtakes(queue: Queue, resident: str, entry: Entry) -> bool:
 
 
 def forecast(
-    queue: Queue, now: float, usual: UsualSeconds, held_since: Mapping[int, float], most: int = FORESEEN
+    queue: Queue,
+    now: float,
+    usual: UsualSeconds,
+    held_since: Mapping[int, float],
+    over_by: Mapping[int, float],
+    most: int = FORESEEN,
 ) -> dict[int, Expected]:
     """Of everybody in the line, by number. ``queue``: a fork, which is played to its end. ``held_since``: when each
-    hold was granted; one that is missing there is being prepared."""
-    return _Play(queue, now, usual).run(held_since, most)
+    hold was granted; one that is missing there is being prepared. ``over_by``: when a hold is over at the latest."""
+    return _Play(queue, now, usual).run(held_since, over_by, most)
 
 
 @dataclass
@@ -109,13 +115,15 @@ class _Play:
     now: float
     usual: UsualSeconds
 
-    def run(self, held_since: Mapping[int, float], most: int) -> dict[int, Expected]:
+    def run(self, held_since: Mapping[int, float], over_by: Mapping[int, float], most: int) -> dict[int, Expected]:
         self._found: dict[int, Expected] = {}
         self._ends: list[tuple[float, int, bool]] = []
         self._doubtful: set[GpuRef] = set()
         """GPUs on which somebody was guessed to end."""
+        self._prepared_at: dict[GpuRef, float] = {}
+        """When the last one that began there is granted: one preparation per GPU."""
         for hold in self.queue.holds.values():
-            self._goes_on(hold, held_since.get(hold.seq))
+            self._goes_on(hold, held_since.get(hold.seq), over_by.get(hold.seq, float("inf")))
         waiting = [entry.seq for entry in self.queue.waiting()]
         self._begin()
         while len(self._found) < min(most, len(waiting)) and (instant := self._next_instant()) is not None:
@@ -132,14 +140,14 @@ class _Play:
         again_at = self.queue.look_again_at
         return min(instants + ([] if again_at is None or again_at <= self.now else [again_at]), default=None)
 
-    def _goes_on(self, hold: Hold, since: float | None) -> None:
+    def _goes_on(self, hold: Hold, since: float | None, over_by: float) -> None:
         """One that holds already, or is being prepared."""
         hold.phase = Phase.LIVE
         usual = self.usual(hold.consumer)
         length = GUESSED_HOLD_SECONDS if usual is None else usual
         so_far = 0.0 if since is None else self.now - since
         left = length - so_far if so_far < length else so_far
-        self._push(hold, self.now + left, known=usual is not None)
+        self._push(hold, min(self.now + left, over_by), known=usual is not None)
 
     def _begin(self) -> None:
         while True:
@@ -147,7 +155,9 @@ class _Play:
             begun = self.queue.begin(self.now)
             for hold in begun:
                 hold.phase = Phase.LIVE
-                start_at = self.now + self._swap_seconds(hold, before)
+                free_at = max([self.now, *(self._prepared_at.get(gpu, self.now) for gpu in hold.gpus)])
+                start_at = free_at + self._swap_seconds(hold, before)
+                self._prepared_at |= dict.fromkeys(hold.gpus, start_at)
                 usual = self.usual(hold.consumer)
                 known = self._doubtful.isdisjoint(hold.gpus)
                 self._found[hold.seq] = Expected(len(self._found) + 1, start_at if known else None)

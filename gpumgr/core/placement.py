@@ -335,6 +335,8 @@ def _fewest(target: Consumer, view: View, idle: Sequence[str]) -> tuple[str, ...
     all of them do not."""
     short_mib = {gpu: mib for gpu in target.gpus if (mib := _shortfall_on(target, view, gpu)) > 0}
     held_mib = {name: {gpu: view.held(name, gpu).held_mib for gpu in short_mib} for name in idle}
+    if any(sum(held_mib[name][gpu] for name in idle) < mib for gpu, mib in short_mib.items()):
+        return ()  # however many sets there are
     free = _unpinned(idle, view)
     pinned = [name for name in idle if name not in free]
     for some in range(len(pinned) + 1):

@@ -10,8 +10,8 @@ Rules of the turn (the numbers stand beside the code; 0 to 5 are those of core/q
 
 6. Within one consumer and class: first come, first served. **Older** is below whoever is ahead by ``Entry.order``.
 7. A request that needs no swap goes ahead of an older one that needs one, until that one is **due**: the resident has
-   had its quantum since its turn began, and so has the one that waits since it counts as waiting (its arrival, less
-   the head start of its class), which is ``PATIENCE`` times what the swap costs at least. Where it needs several
+   had its quantum since its turn began, and so has the one that waits since its arrival (less the head start of its
+   class, where it has one), which is ``PATIENCE`` times what the swap costs at least. Where it needs several
    gone, it is due when the last of their turns is over: so nobody keeps a card empty for a turn on another one.
 8. Among those that need a swap nobody overtakes anybody whom they would hold up: when a turn is over, the next one is
    the oldest request's. One that is due is held up by older ones only.
@@ -85,8 +85,9 @@ class Quantum:
         swap_seconds: SwapSeconds,
     ) -> Turns:
         ahead = Counter(hold.consumer for hold in holds)
+        holders = Counter(ahead)
         first: list[Entry] = []
-        behind: list[tuple[Entry, float]] = []
+        behind: list[tuple[Entry, Swap]] = []
         due_at: dict[int, float] = {}
         for entry in heads(line, catalog):  # 6
             needs = self.swap_needed(entry, line, catalog, stays, swap_seconds)
@@ -95,16 +96,20 @@ class Quantum:
             if needs is None or (needs.due_at <= now and not _held_up(entry, behind, catalog)):
                 first.append(entry)
             else:
-                behind.append((entry, min(needs.due_at, needs.lingers_until)))  # 7
+                behind.append((entry, needs))  # 7
         found = in_order(first, ahead, catalog)
+        # Also of whoever is due. Not younger ones that wait: they held it up, so that nobody else says when it goes.
+        in_the_way = holders + Counter(entry.consumer for entry in found)
         look_again_at: float | None = None
-        for entry, until in behind:
+        for entry, needs in behind:
             goes = not blocked(entry.consumer, ahead, catalog)
+            until = min(needs.due_at, needs.lingers_until) if goes else needs.due_at  # 10
             ahead[entry.consumer] += 1  # 8
             if goes and until <= now:
                 found.append(entry)
-            elif goes:  # 10
+            elif until > now and not blocked(entry.consumer, in_the_way, catalog):
                 look_again_at = until if look_again_at is None else min(look_again_at, until)
+            in_the_way[entry.consumer] += 1
         return Turns(found, look_again_at, due_at)
 
     def swap_needed(
@@ -122,7 +127,8 @@ class Quantum:
             insists = entry.consumer in stays and self._asked_again_at_once(stays[entry.consumer], cost)
             turn, patience = self._times(entry, name, line, catalog, insists)
             due_at = max(due_at, stay.since + self.quantum_seconds_of(cost, turn))
-            due_at = max(due_at, entry.counts_from + self.quantum_seconds_of(cost, patience))
+            waits_from = min(entry.arrived_at, entry.counts_from)
+            due_at = max(due_at, waits_from + self.quantum_seconds_of(cost, patience))
             if stay.idle_since is not None and _is_known(name, entry.consumer, swap_seconds):
                 lingers_until = max(lingers_until, stay.idle_since + self.linger_seconds(stay, cost))
         return Swap(due_at, lingers_until) if found else None
@@ -188,7 +194,7 @@ def round_trip_seconds(resident: str, other: str, swap_seconds: SwapSeconds) -> 
     return sum(UNKNOWN_SWAP_SECONDS if seconds is None else seconds for seconds in (there, back))
 
 
-def _held_up(entry: Entry, behind: Iterable[tuple[Entry, float]], catalog: Catalog) -> bool:
+def _held_up(entry: Entry, behind: Iterable[tuple[Entry, Swap]], catalog: Catalog) -> bool:
     older = [other.consumer for other, _ in behind]
     excludes = any(catalog.exclude(entry.consumer, other) for other in older)
     return excludes or crowded(entry.consumer, older, catalog)

@@ -366,6 +366,9 @@ class Queue:
             slots |= gpus  # 5: also where it must wait, so that nobody behind it goes first
             if free and entry.consumer not in self._unloading:  # 4
                 begun.append(self._hold(entry))
+        if len(begun) < len(turns.entries):  # 5: who has to keep its place holds others up until they are due
+            due = [at for at in turns.due_at.values() if at > now]
+            self.look_again_at = min(due if self.look_again_at is None else [self.look_again_at, *due], default=None)
         if begun:
             self.stays = stays_after(self.stays, self._line, self._holds.values(), self.catalog, now)
         return begun
@@ -493,12 +496,12 @@ class Queue:
         """How many waiting requests are ahead of this one, whether or not they hold it up."""
         return sum(1 for _ in self._ahead_of(entry))
 
-    def next_without(self, hold: Hold, now: float) -> Next | None:
-        """Who would have the turn at once if this hold ended, and has none because of it."""
+    def next_without(self, hold: Hold, now: float) -> list[Next]:
+        """Those who would have the turn at once if this hold ended, and have none because of it; the next one first."""
         others = [other for other in self._holds.values() if other is not hold]
         turns = self._policy.turns(self._line, others, self.catalog, now, self.stays, self._swap_seconds)
         kept = (entry for entry in turns.entries if self._holds_up(hold, entry.consumer))
-        return next((Next(entry, turns.due_at.get(entry.seq)) for entry in kept), None)
+        return [Next(entry, turns.due_at.get(entry.seq)) for entry in kept]
 
     def blockers(self, consumer: Consumer) -> list[Hold]:
         """The holders that a request for this consumer waits for, oldest first: those it conflicts with, and those

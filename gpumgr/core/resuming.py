@@ -2,6 +2,8 @@
 
 Owns: for whose sake leases were given back, for as long as their holders may come back. Must not: ask anybody to make
 way (yielding.py), or place anybody (queue.py). Pure: the caller holds the lock.
+
+A lease_id is public, and a place ahead of others worth having: only the bearer that gave the lease back has it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ class _Yielded:
     consumer: str
     to: int
     until: float
+    bearer: str | None
 
 
 @dataclass
@@ -30,19 +33,22 @@ class Resuming:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def yielded(self, lease_id: str, consumer: str, to: int, now: float) -> None:
-        self._kept[lease_id] = _Yielded(consumer, to, now + COMES_BACK_WITHIN_SECONDS)
+    def yielded(self, lease_id: str, consumer: str, to: int, now: float, bearer: str | None = None) -> None:
+        """``bearer``: the name of whoever gave it back; None where nobody is asked who calls."""
+        self._kept[lease_id] = _Yielded(consumer, to, now + COMES_BACK_WITHIN_SECONDS, bearer)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
 
-    def resume(self, lease_id: str | None, consumer: str, now: float) -> int | None:
-        """Behind whom it comes back, once; None: nobody remembers it, or it is for another consumer."""
-        found = self.behind(lease_id, consumer, now)
+    def resume(self, lease_id: str | None, consumer: str, now: float, bearer: str | None = None) -> int | None:
+        """Behind whom it comes back, once; None: nobody remembers it, or it is for another consumer, or another's."""
+        found = self.behind(lease_id, consumer, now, bearer)
         if found is not None:
             del self._kept[lease_id or ""]
         return found
 
-    def behind(self, lease_id: str | None, consumer: str, now: float) -> int | None:
+    def behind(self, lease_id: str | None, consumer: str, now: float, bearer: str | None = None) -> int | None:
         """The same, without coming back."""
         found = self._kept.get(lease_id or "")
-        return None if found is None or found.consumer != consumer or now >= found.until else found.to
+        if found is None or (found.consumer, found.bearer) != (consumer, bearer) or now >= found.until:
+            return None
+        return found.to

@@ -23,6 +23,8 @@ def smallest_set(
 ) -> tuple[str, ...]:
     """``idle``: the least recently used first; so is the answer. Empty where all of them together make no room."""
     numbers = range(min(len(idle), LOOKED_AT))
+    if not _makes_room(numbers, idle, held_mib, short_mib):
+        return ()  # who waits for a holder's memory asks twice a second
     for size in range(1, len(numbers) + 1):
         sets = (some for some in combinations(numbers, size) if _makes_room(some, idle, held_mib, short_mib))
         best = min(sets, key=lambda some: some[::-1], default=None)

@@ -445,7 +445,7 @@ class Broker:
             lease = self.state.leases.holder_of(request, self.clock.monotonic())
         if lease is None and ticket is not None:
             lease = self._granting(ticket)
-        return "released" if lease is not None and self.release(lease.token) else None
+        return "released" if lease is not None and self.release(lease.token, request.bearer) else None
 
     def _granting(self, ticket: Ticket) -> Lease | None:
         """What comes of a grant that is being written down. Raises: StoreUnavailable where that takes too long."""
@@ -484,8 +484,6 @@ class Broker:
         ticket = self.state.enter(ask, consumer, now, deadline, proxied=proxied, priority=self._priority(ask))
         if not self._lets_pass:
             self.state.advance(now, own=ticket)
-            if self.state.end_lingers(ticket, now):
-                self.state.advance(now, own=ticket)
         return ticket
 
     def _priority(self, ask: Ask) -> Priority:
@@ -671,12 +669,13 @@ class Broker:
         with self.state.lock:
             self.state.leases.wrote(lease.token, lease.ttl_seconds)
 
-    def release(self, token: str) -> bool:
-        """Whether this call ended a live lease. The next one in line goes at once."""
+    def release(self, token: str, bearer: str | None = None) -> bool:
+        """Whether this call ended a live lease. The next one in line goes at once. ``bearer``: the name of whoever
+        gives it back."""
         try:
             with self._told_once(token), self.state.lock:
                 lease = self._live(token)
-                self.state.note_yield(lease)
+                self.state.note_yield(lease, bearer)
                 self._begin_end(lease)
         except LeaseUnknown:
             return False
@@ -775,7 +774,8 @@ class Broker:
     def _quarantined(self, lease: Lease) -> bool:
         with self.state.lock:
             self.state.queue.holds[lease.seq].phase = Phase.QUARANTINE
-            quarantine = Quarantine(lease.lease_id, lease.consumer, lease.seq)
+            until = self.clock.monotonic() + self.settings.lease.quarantine_seconds
+            quarantine = Quarantine(lease.lease_id, lease.consumer, lease.seq, until)
             self.state.quarantines[lease.seq] = quarantine
         self._begin_quarantine(quarantine)
         return False

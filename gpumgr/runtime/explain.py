@@ -150,7 +150,7 @@ class Explainer:
             if other.prepare_limit is None:
                 queue.leave(other.seq)
         wait_seconds = self._wait_seconds(ask)
-        behind = state.resuming.behind(ask.resume_of, consumer.name, now)
+        behind = state.resuming.behind(ask.resume_of, consumer.name, now, ask.bearer)
         entry = queue.enter(consumer.name, now, priority=self._priority(ask), behind=behind)
         ticket = state.new_ticket(entry, ask, consumer, now, now + wait_seconds)
         ticket.process = process

@@ -42,9 +42,11 @@ class Forecast:
         self._now = now
         self._usual = {name: usual_seconds(memory.hold_seconds) for name, memory in state.memory.items()}
         self._granted_at = dict(state.granted_at)
+        self._over_by = {lease.seq: lease.hold_until for lease in state.leases}
+        self._over_by |= {quarantine.seq: quarantine.until for quarantine in state.quarantines.values()}
 
     def expected(self) -> dict[int, Expected]:
-        return forecast(self.queue.fork(), self._now, self._usual.get, self._granted_at)
+        return forecast(self.queue.fork(), self._now, self._usual.get, self._granted_at, self._over_by)
 
 
 class Outlook:

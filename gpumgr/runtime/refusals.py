@@ -77,8 +77,8 @@ def quantum_words(found: Why, until: str) -> str:
     if found.lingers:
         return f"{whose} usually comes back within a moment, and keeps the GPU for that, until {until} at the latest"
     return (
-        f"{whose} is on the GPU and keeps its turn until {until} at the latest; what runs then is waited for. So there "
-        "are fewer swaps"
+        f"{whose} is on the GPU and keeps its turn until {until}, or longer if more requests come; what runs then is "
+        "waited for. So there are fewer swaps"
     )
 
 

@@ -39,7 +39,7 @@ from gpumgr.core.placement import (
     keeps_out,
     promised_mib,
 )
-from gpumgr.core.queue import Entry, Phase, Policy, Priority, Queue, WaitingFor
+from gpumgr.core.queue import Entry, Phase, Policy, Priority, Queue, WaitingFor, heads
 from gpumgr.core.resuming import Resuming
 from gpumgr.core.sharing import intrudes
 from gpumgr.core.yielding import YieldReason, yield_request
@@ -110,11 +110,13 @@ class Memory:
 
 @dataclass(eq=False, slots=True)
 class Quarantine:
-    """A lease that is over while its consumer may still compute for it. ``seq`` is its hold in the queue."""
+    """A lease that is over while its consumer may still compute for it, and excludes others ``until`` then at most.
+    ``seq`` is its hold in the queue."""
 
     lease_id: str
     consumer: str
     seq: int
+    until: float
 
 
 class State:
@@ -258,7 +260,8 @@ class State:
         granted = replace(self.catalog.consumers[lease.consumer], gpus=lease.gpus, vram_resident_mib=kept.sizes_mib)
         self._promise(hold.seq, granted)
         if kept.quarantined:
-            self.quarantines[hold.seq] = Quarantine(lease.lease_id, lease.consumer, hold.seq)
+            until = now + self._lease.quarantine_seconds
+            self.quarantines[hold.seq] = Quarantine(lease.lease_id, lease.consumer, hold.seq, until)
             return
         most = self._lease.max_hold_seconds
         until = lease.granted_at + most if most else lease.hold_until
@@ -433,7 +436,7 @@ class State:
         priority: Priority = Priority.NORMAL,
     ) -> Ticket:
         """A new request, in the line."""
-        behind = self.resuming.resume(ask.resume_of, consumer.name, now)
+        behind = self.resuming.resume(ask.resume_of, consumer.name, now, ask.bearer)
         entry = self.queue.enter(consumer.name, now, priority=priority, behind=behind)
         ticket = self.new_ticket(entry, ask, consumer, now, deadline, proxied=proxied)
         ticket.resumes = None if behind is None else ask.resume_of
@@ -464,12 +467,15 @@ class State:
 
     def end_lingers(self, ticket: Ticket, now: float, queue: Queue | None = None) -> bool:
         """Whether it would be refused on a card that is idle: its time is over before somebody else is believed not to
-        come back. A swap that may be needless is less than a refusal that is."""
+        come back. A swap that may be needless is less than a refusal that is. Not where others go before it: it would
+        be refused all the same."""
         queue = queue or self.queue
-        if ticket.restoring or not queue.is_waiting(ticket.entry):
+        if ticket.restoring or ticket.is_late(now) or not queue.is_waiting(ticket.entry):
             return False
         found = why(queue, ticket.entry, now)
         if not found.lingers or found.until is None or found.until < ticket.deadline:
+            return False
+        if queue.why(ticket.entry) is WaitingFor.AHEAD:
             return False
         for name in found.whose:
             queue.end_stay(name)
@@ -548,20 +554,18 @@ class State:
         """Somebody came or went: whoever has the turn now begins its preparation, on a thread for that, unless it is
         ``own``: then the caller looks after it.
 
-        A turn that comes after the deadline is nobody's, also where the caller's thread did not get to say so yet.
-        ``now`` is the caller's where it matters that no time has passed: with ``wait_seconds: 0``.
+        A turn that comes after the deadline is nobody's, and ends nobody's, also where the caller's thread did not get
+        to say so yet. ``now`` is the caller's where it matters that no time has passed: with ``wait_seconds: 0``.
         """
         now = self._clock.monotonic() if now is None else now
-        while begun := self.queue.begin(now):
-            tickets = [self.tickets[hold.seq] for hold in begun]
-            late = [ticket for ticket in tickets if not self._begin(ticket, now)]
-            for ticket in tickets:
-                if ticket.preparing and ticket is not own:
+        self._refuse_late(now)
+        while (begun := self.queue.begin(now)) or self._end_a_linger(now):
+            for ticket in [self.tickets[hold.seq] for hold in begun]:
+                self._begin(ticket, now)
+                if ticket is not own:
                     self.hand_over(ticket)
-            for ticket in late:
-                self.queue.leave(ticket.seq)
-                self.refuse(ticket, scheduler_timeout(self, ticket))
-            if not late and not self.queue.line:
+            self._refuse_late(now)
+            if begun and not self.queue.line:
                 break  # else: who goes may end a turn on another GPU, on which somebody waits for that
         if self.queue.look_again_at is not None:
             self.watch_from(self.queue.look_again_at)
@@ -570,14 +574,26 @@ class State:
             if hold.phase is Phase.PREPARING and hold.seq in self.tickets:
                 self.tickets[hold.seq].stirred.notify_all()
 
-    def _begin(self, ticket: Ticket, now: float) -> bool:
-        if now >= ticket.deadline and now != ticket.entered_at:
+    def _end_a_linger(self, now: float) -> bool:
+        """Whether somebody is not waited for any more, for the sake of one who cannot wait for that."""
+        if self.queue.look_again_at is None:
             return False
+        return any(self.end_lingers(ticket, now) for ticket in self._heads())
+
+    def _heads(self) -> list[Ticket]:
+        return [self.tickets[entry.seq] for entry in heads(self.queue.line, self.catalog)]
+
+    def _refuse_late(self, now: float) -> None:
+        """Of those who may have the turn next."""
+        while late := [ticket for ticket in self._heads() if ticket.is_late(now)]:
+            for ticket in late:
+                self.refuse(ticket, scheduler_timeout(self, ticket))
+
+    def _begin(self, ticket: Ticket, now: float) -> None:
         self.memory[ticket.consumer.name].uses += 1
         ticket.began_at = now
         ticket.prepare_limit = now + self._lease.max_prepare_seconds
         ticket.step = "waiting for a preparation thread"
-        return True
 
     def hand_over(self, ticket: Ticket) -> None:
         """To the preparation threads."""
@@ -932,11 +948,11 @@ class State:
         }
         return Wish(found.reason.value, f"{who}, {why[found.reason]}", self.shown(found.since), to.seq)
 
-    def note_yield(self, lease: Lease) -> None:
-        """It is given back. Where somebody is waited for, its holder may come back behind that one."""
+    def note_yield(self, lease: Lease, bearer: str | None) -> None:
+        """This bearer gives it back. Where somebody is waited for, it may come back behind that one."""
         wish = self.wish(lease)
         if wish is not None:
-            self.resuming.yielded(lease.lease_id, lease.consumer, wish.seq, self._clock.monotonic())
+            self.resuming.yielded(lease.lease_id, lease.consumer, wish.seq, self._clock.monotonic(), bearer)
 
     def _lower_leftovers(self, reading: Reading) -> None:
         """An unload is proved while memory is still falling: what stays is the least that is seen afterwards."""

@@ -35,6 +35,8 @@ class Ask:
     """None: that of its kind."""
     resume_of: str | None = None
     """The lease_id of a lease that was given back when it was asked to yield."""
+    bearer: str | None = None
+    """The name of whoever asks; None where nobody is asked for it."""
 
 
 def _always() -> bool:
@@ -112,6 +114,10 @@ class Ticket:
     @property
     def preparing(self) -> bool:
         return self.prepare_limit is not None and self.waiting_for is None
+
+    def is_late(self, now: float) -> bool:
+        """Whether a turn that comes now is nobody's; one that comes at once never is."""
+        return now >= self.deadline and now != self.entered_at
 
     def limit(self, deadline: float) -> float | None:
         """Until when a caller with this deadline waits; None: the answer is being written down."""

@@ -57,6 +57,7 @@ def acquire_ask(request: Request) -> Ask:
     resume_of = _label(fields, "resume_of")
     if resume_of == "":
         raise InvalidRequest("resume_of must be the lease_id of a lease that was released", field="resume_of")
+    bearer = bearer_of(request.environ).name
     return Ask(
         kind=kind,
         consumer=consumer,
@@ -66,7 +67,8 @@ def acquire_ask(request: Request) -> Ask:
         holder_pid=_pid(fields, "holder_pid"),
         resume_of=resume_of,
         priority=None if "priority" not in fields else priority(fields["priority"], "priority"),
-        request=RequestKey(bearer_of(request.environ).name, holder, request_id) if request_id is not None else None,
+        request=RequestKey(bearer, holder, request_id) if request_id is not None else None,
+        bearer=bearer,
     )
 
 

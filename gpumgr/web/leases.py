@@ -69,7 +69,7 @@ def routes(broker: Broker, places: Places, hang_up: HangUp) -> Blueprint:
 
     @blueprint.delete("/v1/lease/<token>")
     def release(token: str) -> Response:
-        if broker.release(token):
+        if broker.release(token, bearer_of(request.environ).name):
             return jsonify({"released": True})
         return jsonify({"released": False, "reason": "unknown_or_expired"})
 

@@ -24,6 +24,7 @@ class Bench:
     def __init__(self, *consumers: Consumer, policy: Policy | None = None, usual: Mapping[str, float] = USUAL) -> None:
         self.queue = Queue(catalog(*(consumers or (CHAT, PAINT, VOICE))), policy or Quantum(), lambda _from, _to: SWAP)
         self.usual = usual
+        self.over_by: dict[int, float] = {}
         self.since = dict.fromkeys(self.enter("chat"), 0.0)
 
     def enter(self, *names: str, at: float = 0.0) -> list[int]:
@@ -33,7 +34,7 @@ class Bench:
         return [entry.seq for entry in entries]
 
     def foreseen(self, now: float, most: int = 200) -> list[Expected]:
-        found = forecast(self.queue.fork(), now, self.usual.get, self.since, most)
+        found = forecast(self.queue.fork(), now, self.usual.get, self.since, self.over_by, most)
         return [found[seq] for seq in sorted(found)]
 
 
@@ -63,6 +64,20 @@ def test_one_that_holds_for_longer_than_usual_is_taken_to_go_on_for_as_long() ->
     bench = Bench()
     bench.enter("chat", at=1.0)
     assert bench.foreseen(20.0) == [Expected(1, 40.0)]
+
+
+def test_one_after_the_other_is_prepared_on_a_card() -> None:
+    bench = Bench(CHAT, consumer("see", beside=["hear"]), consumer("hear", beside=["see"]))
+    bench.enter("see", "hear", at=1.0)
+    assert bench.foreseen(2.0) == [Expected(1, 8.0 + SWAP), Expected(2, 8.0 + SWAP)]
+
+
+def test_nobody_is_taken_to_hold_for_longer_than_they_may() -> None:
+    bench = Bench()
+    bench.enter("chat", at=1.0)
+    bench.over_by = dict.fromkeys(bench.since, 23.0)
+    assert bench.foreseen(20.0) == [Expected(1, 23.0)]
+    assert bench.foreseen(24.0) == [Expected(1, 24.0)]
 
 
 def test_what_hangs_on_an_unknown_end_has_a_place_alone() -> None:
@@ -102,6 +117,18 @@ def test_why_a_quantum_and_until_when() -> None:
     found, due_at = why(bench.queue, paint, 2.0), 1.0 + PATIENCE * FLOOR_SECONDS
     assert (found.reason, found.until, found.whose, found.lingers) == (WaitingFor.QUANTUM, due_at, ("chat",), False)
     assert why(bench.queue, paint, due_at).reason is WaitingFor.HOLDER, "it is due: what runs is all it waits for"
+
+
+def test_a_quantum_lasts_for_longer_where_more_requests_come() -> None:
+    bench = Bench()
+    bench.enter("paint", "chat", at=1.0)
+    paint, _ = bench.queue.waiting()
+    before = why(bench.queue, paint, 2.0).until
+    bench.enter(*["chat"] * 20, at=3.0)
+    after = why(bench.queue, paint, 3.0).until
+    assert before is not None
+    assert after is not None
+    assert before < after
 
 
 def test_who_came_earlier_overtakes_nobody() -> None:

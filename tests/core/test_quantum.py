@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from gpumgr.core.catalog import Consumer
 from gpumgr.core.quantum import (
     FACTOR,
+    FLOOR_SECONDS,
     GRACE_SECONDS,
     PATIENCE,
     URGENT,
@@ -122,6 +123,41 @@ def test_7_a_turn_that_has_just_begun_lasts_for_less_than_who_comes_then_has_to_
         bench.now = seconds
         bench.ask("chat")
         assert bench.go() == ["voice"]
+
+
+def test_7_who_is_held_up_by_younger_ones_alone_goes_when_it_is_due_and_not_when_somebody_ends() -> None:
+    hear, see = consumer("hear", beside=["chat", "see"]), consumer("see", beside=["hear", "voice"])
+    chat, voice = consumer("chat", beside=["hear"]), consumer("voice", beside=["see"])
+    bench = Bench(hear, chat, see, voice)
+    bench.queue._swap_seconds = lambda *pair: 4 * SWAP if set(pair) == {"chat", "see"} else 0.0
+    bench.ask("hear", "chat")
+    assert bench.go() == ["hear", "chat"]
+    bench.now = 1.0
+    bench.ask("see", "voice", "chat")
+    assert bench.go() == []
+    bench.now = PATIENCE * FLOOR_SECONDS + 1.0  # voice is due and waits for hear; the other chat waits for voice
+    bench.queue.leave(next(seq for seq, hold in bench.queue.holds.items() if hold.consumer == "chat"))
+    assert bench.go() == []
+    assert bench.queue.look_again_at == PATIENCE * 8 * SWAP + 1.0
+    bench.now = bench.queue.look_again_at
+    assert bench.go() == ["see"]
+
+
+def test_7_nor_when_a_preparation_ends_that_somebody_younger_waits_for() -> None:
+    both, right = consumer("both", gpus=(0, 1), beside=["right"]), consumer("right", gpus=(1,), beside=["both"])
+    bench = Bench(consumer("left"), both, right)
+    bench.ask("both")
+    assert bench.go() == ["both"]
+    bench.ask("right")
+    (preparing,) = bench.queue.begin(0.0)
+    bench.ask("left")
+    bench.queue.leave(1)
+    bench.ask("both")
+    assert bench.queue.begin(0.0) == []
+    assert preparing.phase is Phase.PREPARING
+    bench.now = bench.queue.look_again_at or 0.0
+    assert bench.now == PATIENCE * 2 * SWAP
+    assert bench.go() == ["left"]
 
 
 def test_7_it_has_to_send_away_the_last_of_several() -> None:
@@ -402,7 +438,7 @@ def test_7_who_is_more_urgent_is_due_earlier_by_its_head_start() -> None:
         (Priority.NORMAL, Priority.BATCH, URGENT * 2 * SWAP),
         (Priority.NORMAL, Priority.NORMAL, LONGEST),
         (Priority.INTERACTIVE, Priority.INTERACTIVE, LONGEST),
-        (Priority.BATCH, Priority.BATCH, LONGEST + HEAD_START_SECONDS),
+        (Priority.BATCH, Priority.BATCH, LONGEST),
     ],
 )
 def test_9_a_quantum_is_short_for_who_is_more_urgent(asked: Priority, waiting: Priority, seconds: float) -> None:
@@ -449,10 +485,17 @@ HELD = (
     [Arrival(0.0, "a", 99.0), Arrival(1.0, "a", 1.0, Priority.INTERACTIVE)],
     Quantum(factor=1.0, floor_seconds=0.0),
 )
+BATCHES = (
+    TWO,
+    [Arrival(0.0, "b", 1.0, Priority.INTERACTIVE)]
+    + [Arrival(0.0, name, 1.0, Priority.BATCH) for name in ("a", "b", "b")],
+    Quantum(factor=1.0, floor_seconds=0.0),
+)
 
 
 @settings(max_examples=100, deadline=None)
 @given(workloads())
+@example(BATCHES)  # by others that are no more urgent than itself
 @example(AT_ONCE)  # the second one ends at the instant at which the first one came
 @example(HELD)  # by one that is less urgent
 def test_nobody_waits_longer_than_the_bound(workload: tuple[list[Kind], list[Arrival], Quantum]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import pytest
 
 from gpumgr.core.catalog import GpuRef
@@ -37,3 +39,26 @@ def test_a_crowd_is_cut() -> None:
     held: dict[str, dict[GpuRef, int]] = {name: {0: 1} for name in names}
     assert smallest_set(names, held, {0: 3}) == tuple(names[:3])
     assert smallest_set(names, held, {0: 100}) == ()
+
+
+class Asked(Mapping[GpuRef, int]):
+    """One MiB on GPU 0, and how often anybody looked."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __getitem__(self, gpu: GpuRef) -> int:
+        self.times += 1
+        return {0: 1}[int(gpu)]
+
+    def __iter__(self) -> Iterator[GpuRef]:
+        return iter((0,))
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_where_all_of_them_do_not_suffice_no_set_is_looked_at() -> None:
+    held = {f"consumer{number}": Asked() for number in range(12)}
+    assert smallest_set(list(held), held, {0: 13}) == ()
+    assert [each.times for each in held.values()] == [1] * 12

@@ -61,6 +61,18 @@ def test_2_nobody_is_asked_for_someone_whose_turn_it_would_not_be() -> None:
     assert held.asked(300.0 + URGENT * 2 * SWAP) is not None
 
 
+def test_2_for_any_of_those_who_would_go_side_by_side() -> None:
+    held = Held(Quantum(quantum_seconds=300.0))
+    held.ask("paint", 1.0)
+    held.queue.leave(1)
+    (held.hold,) = held.queue.begin(2.0)
+    held.hold.phase = Phase.LIVE
+    chat = held.ask("chat", 3.0)
+    hear = held.ask("hear", 130.0, INTERACTIVE)  # behind chat, which has waited for longer than its head start
+    assert [each.entry for each in held.queue.next_without(held.hold, 131.0)] == [chat, hear]
+    assert held.asked(131.0) == YieldRequest(hear, YieldReason.PRIORITY, 130.0)
+
+
 def test_3_for_someone_more_urgent_also_of_the_same_consumer() -> None:
     for policy in (Quantum(), Fifo()):
         held = Held(policy, BATCH)

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Guarded:
         return {
             "server": {"threads": 8, "reserved_threads": 4, **server},
             "gpu": {"probe": "simulated"},
+            "lease": {"min_hold_seconds": 0},
             "routing": {"keyed": "keyed", "plain": "plain"},
             "consumers": {
                 "keyed": {**keyed, **beside, "can_coexist_with": ["plain"]},
@@ -283,6 +285,33 @@ def test_one_bearers_request_is_not_anothers(guarded: Guarded) -> None:
     finally:
         for grant in grants[:2]:
             guarded.ask("DELETE", f"/v1/lease/{grant['token']}", USE)
+
+
+def test_the_place_of_who_made_way_is_not_anothers(guarded: Guarded) -> None:
+    def granted(secret: str, **words: Any) -> str:
+        answer = guarded.ask("POST", "/v1/lease", secret, json={"kind": "plain", "wait_seconds": 20, **words})
+        return str(answer.json()["token"])
+
+    def waiting() -> int:
+        return len(guarded.ask("GET", "/v1/status", OPERATE).json()["queue"])
+
+    tokens = [granted(USE, priority="batch") for _ in range(4)]
+    (lease_id,) = {guarded.ask("GET", f"/v1/lease/{token}", USE).json()["lease_id"] for token in tokens[:1]}
+    with ThreadPoolExecutor() as callers:
+        try:
+            urgent = callers.submit(granted, USE, priority="interactive")
+            until(lambda: waiting() == 1)
+            guarded.ask("DELETE", f"/v1/lease/{tokens.pop(0)}", USE)
+            tokens.append(urgent.result())
+            since_then = callers.submit(granted, USE)
+            until(lambda: waiting() == 1)
+            back = {"kind": "plain", "resume_of": lease_id}
+            ahead = [guarded.ask("POST", "/v1/explain", who, json=back).json()["ahead"] for who in (THIRD, USE)]
+            assert ahead == [1, 0]
+        finally:
+            for token in tokens:
+                guarded.ask("DELETE", f"/v1/lease/{token}", USE)
+        guarded.ask("DELETE", f"/v1/lease/{since_then.result()}", USE)
 
 
 # -- what consumers see -------------------------------------------------------------------------------------

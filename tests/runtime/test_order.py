@@ -12,7 +12,7 @@ from gpumgr.core.ledger import Observation, Unloaded
 from gpumgr.core.quantum import FLOOR_SECONDS, PATIENCE, UNKNOWN_SWAP_SECONDS, Quantum
 from gpumgr.core.queue import Fifo, Priority
 from gpumgr.core.resuming import KEPT, Resuming
-from gpumgr.errors import ConsumerUnhealthy
+from gpumgr.errors import ConsumerUnhealthy, SchedulerTimeout
 from gpumgr.runtime.broker import Broker, order_of
 from gpumgr.runtime.ports import Kept
 from gpumgr.runtime.snapshot import snapshot
@@ -101,6 +101,31 @@ def test_nobody_is_refused_for_who_may_come_back(world: World) -> None:
     assert late.lease().consumer == "paint"
 
 
+@pytest.mark.parametrize(("wait_seconds", "goes"), [(10, True), (60, False)])
+def test_nor_who_has_waited_already_and_cannot_wait_for_that_too(
+    world: World, wait_seconds: float, *, goes: bool
+) -> None:
+    learn_swaps(world, world.broker, reload_seconds=18.0)
+    for _ in range(3):
+        world.broker.release(world.grant("chat", loaded=True).token)
+        world.pass_time(4.0)
+    lease = world.grant("chat")
+    paint = world.ask("paint", wait_seconds=wait_seconds)
+    world.pass_time(7.0)
+    world.broker.release(lease.token)
+    assert (world.begun() == [paint.ticket.seq]) is goes
+
+
+def test_nobody_is_waited_for_less_because_of_one_who_would_be_refused_anyway(world: World) -> None:
+    quick_visits(world)
+    world.broker.release(world.grant("chat").token)
+    paint = world.ask("paint")
+    assert isinstance(world.refusal("paint", wait_seconds=0), SchedulerTimeout)
+    assert world.begun() == []
+    world.pass_time(5, watchdog=True)
+    assert world.begun() == [paint.ticket.seq]
+
+
 def test_a_running_watchdog_wakes_for_it() -> None:
     with started(CHAT, PAINT) as world:
         learn_swaps(world, world.broker)
@@ -141,6 +166,20 @@ def test_who_left_the_card_by_itself_is_not_waited_for(world: World) -> None:
     world.pass_time(0.01)
     world.broker.observe_card()
     assert world.begun() == [paint.ticket.seq]
+
+
+def test_who_is_late_ends_nobody_s_turn(world: World) -> None:
+    for _ in range(3):
+        world.broker.release(world.grant("paint", loaded=True).token)
+        world.pass_time(0.1)
+    learn_swaps(world, world.broker)
+    world.pass_time(10)
+    lease = world.grant("chat", loaded=True)
+    paint = world.ask("paint", wait_seconds=5)
+    world._move_to(world.now + 6)  # its caller's thread did not get to say so
+    world.broker.release(lease.token)
+    assert isinstance(paint.ticket.outcome, SchedulerTimeout)
+    assert world.grant("chat").granted_at == world.now
 
 
 def test_who_never_came_onto_the_card_has_no_turn(world: World) -> None:
@@ -263,7 +302,9 @@ def test_who_made_way_comes_back_directly_behind_that_one(world: World) -> None:
     assert world.broker.state.events[-1]["resumes"] == lease.lease_id
 
 
-@pytest.mark.parametrize("why_not", ["never heard of", "another consumer", "too late", "nobody waited", "expired"])
+@pytest.mark.parametrize(
+    "why_not", ["never heard of", "another consumer", "another's", "too late", "nobody waited", "expired"]
+)
 def test_otherwise_it_is_a_request_like_any(world: World, why_not: str) -> None:
     lease = world.grant("chat", loaded=True, priority=Priority.BATCH)
     if why_not != "nobody waited":
@@ -272,14 +313,15 @@ def test_otherwise_it_is_a_request_like_any(world: World, why_not: str) -> None:
     if why_not == "expired":
         world.pass_time(120, watchdog=True)
     else:
-        world.broker.release(lease.token)
+        world.broker.release(lease.token, "imagen")
     world.prepare()
     if why_not == "too late":
         world.pass_time(600)
     name = "paint" if why_not == "another consumer" else "chat"
     lease_id = "0" * 10 if why_not == "never heard of" else lease.lease_id
     world.ask(name, holder="since then")
-    world.ask(name, holder="back", priority=Priority.BATCH, resume_of=lease_id)
+    bearer = "thief" if why_not == "another's" else "imagen"
+    world.ask(name, holder="back", priority=Priority.BATCH, resume_of=lease_id, bearer=bearer)
     assert [row["holder"] for row in queue_of(world)][-2:] == ["since then", "back"]
 
 
@@ -313,7 +355,7 @@ def test_status_tells_who_goes_next_and_why_the_others_wait(world: World) -> Non
     ]
     ends_at = world.broker.state.shown(world.now + QUANTUM)
     assert second["quantum_ends_at"] == ends_at
-    assert f"chat is on the GPU and keeps its turn until {ends_at} at the latest" in second["reason"]
+    assert f"chat is on the GPU and keeps its turn until {ends_at}, or longer if more requests come" in second["reason"]
     assert first["estimated_wait_seconds"] == 0.0  # its visits took no time
     assert second["estimated_start_at"] is not None
     world.broker.release(token)

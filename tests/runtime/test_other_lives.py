@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gpumgr.core.lease import Lease
+from gpumgr.core.quantum import UNKNOWN_SWAP_SECONDS
 from gpumgr.errors import LeaseUnknown, RequestEnded, StoreUnavailable
 from gpumgr.runtime.ports import BackendError, StoreError
 from gpumgr.runtime.snapshot import snapshot
@@ -149,6 +150,19 @@ def test_after_an_expiry_who_still_computes_holds_up_whoever_conflicts(world: Wo
     world.prepare()
     assert chat.lease().consumer == "chat"
     assert world.services["paint"].unloads_while_computing == 0
+
+
+def test_whoever_waits_for_it_is_told_that_it_ends_soon(world: World) -> None:
+    world.broker.state.memory["paint"].hold_seconds.append(5.0)
+    world.grant("paint", ttl_seconds=600, loaded=True)
+    world.services["paint"].computing = True
+    world.pass_time(600)
+    world.broker.tick()
+    world.ask("chat", wait_seconds=500)
+    for after, left in ((10, 20), (25, 0)):
+        world.pass_time(after)
+        (row,) = snapshot(world.broker)["queue"]
+        assert row["estimated_wait_seconds"] == left + UNKNOWN_SWAP_SECONDS
 
 
 @pytest.mark.parametrize("computing", [False, None, BackendError("unreachable", "refused", refused=True)])
