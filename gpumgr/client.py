@@ -125,7 +125,7 @@ class HeldLease:
         ``told_within_seconds``: the broker is asked where its last word is older.
 
         Raises: LeaseLost; as ``acquire`` where it does not come back (GpuYielded: an operator or a game has the card):
-        then there is no lease any more.
+        then there is no lease any more, and ``acquire`` with ``resume_of`` may be tried again for ten minutes.
         """
         self.check()
         if time.monotonic() - self._told_at >= told_within_seconds:

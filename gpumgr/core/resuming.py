@@ -16,12 +16,13 @@ COMES_BACK_WITHIN_SECONDS = 600.0
 KEPT = 1000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Yielded:
     consumer: str
     to: int
     until: float
     bearer: str | None
+    taken: bool = False
 
 
 @dataclass
@@ -43,12 +44,17 @@ class Resuming:
         """Behind whom it comes back, once; None: nobody remembers it, or it is for another consumer, or another's."""
         found = self.behind(lease_id, consumer, now, bearer)
         if found is not None:
-            del self._kept[lease_id or ""]
+            self._kept[lease_id or ""].taken = True
         return found
+
+    def give_back(self, lease_id: str | None) -> None:
+        """Whoever came back got nothing: it may come back again, for as long as before."""
+        if found := self._kept.get(lease_id or ""):
+            found.taken = False
 
     def behind(self, lease_id: str | None, consumer: str, now: float, bearer: str | None = None) -> int | None:
         """The same, without coming back."""
         found = self._kept.get(lease_id or "")
-        if found is None or (found.consumer, found.bearer) != (consumer, bearer) or now >= found.until:
+        if found is None or found.taken or (found.consumer, found.bearer) != (consumer, bearer) or now >= found.until:
             return None
         return found.to

@@ -539,6 +539,7 @@ class State:
         ticket.outcome = outcome
         self._forget(ticket)
         if isinstance(outcome, GpumgrError):
+            self.resuming.give_back(ticket.resumes)
             if ticket.prepare_limit is None:
                 self.queue.leave(ticket.seq)
             ticket.stirred.notify_all()

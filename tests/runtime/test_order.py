@@ -302,6 +302,19 @@ def test_who_made_way_comes_back_directly_behind_that_one(world: World) -> None:
     assert world.broker.state.events[-1]["resumes"] == lease.lease_id
 
 
+def test_who_came_back_and_got_nothing_may_come_back_again(world: World) -> None:
+    lease = world.grant("chat", loaded=True, priority=Priority.BATCH)
+    ada = world.ask("paint", holder="ada")
+    world.pass_time(10)
+    world.broker.release(lease.token)
+    goes_on(world, ada)
+    late = world.refusal("chat", wait_seconds=0, resume_of=lease.lease_id)
+    assert isinstance(late, SchedulerTimeout)
+    world.ask("chat", holder="since then")
+    world.ask("chat", holder="back", priority=Priority.BATCH, resume_of=lease.lease_id)
+    assert [row["holder"] for row in queue_of(world)] == ["back", "since then"]
+
+
 @pytest.mark.parametrize(
     "why_not", ["never heard of", "another consumer", "another's", "too late", "nobody waited", "expired"]
 )
