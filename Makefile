@@ -64,7 +64,7 @@ bench: $(VENV)/.test           ## the figures of docs/design.md; writes bench/re
 bench-etcd: $(VENV)/.test      ## a durable lease against one of etcd (Debian: etcd-server); writes bench/results/etcd.json
 	$(BIN)/python -m bench.etcd
 
-torture: $(VENV)/.test         ## the promises under kills, 60 s, then every broken broker, which must be caught: 4 min
+torture: $(VENV)/.test         ## the promises under kills, 60 s with each order, then every broken broker, which must be caught: 6 min
 	$(BIN)/python -m tests.torture --seconds 60 --all
 
 clean:

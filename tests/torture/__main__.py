@@ -1,5 +1,6 @@
-"""``python -m tests.torture --seconds 60``: once as it is. ``--mutant NAME``: with that defect. ``--all``: both, for
-every mutant, with a table. Exit code 1 where the broker broke a rule, or where a mutant did not.
+"""``python -m tests.torture --seconds 60``: once with each order. ``--policy quantum``: with that one. ``--mutant
+NAME``: with that defect. ``--all``: as it is with each order, then every mutant, with a table. Exit code 1 where the
+broker broke a rule, or where a mutant did not.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from pathlib import Path
 from tests.torture.checker import Violation, check
 from tests.torture.figures import figures
 from tests.torture.mutants import MUTANTS
-from tests.torture.plan import Plan
+from tests.torture.plan import QUANTUM_SECONDS, Plan
 from tests.torture.run import Outcome, torture
 
 SHOWN = 5
 """Violations of one rule that are told in full."""
 
 
+QUANTA = {"fifo": None, "quantum": QUANTUM_SECONDS}
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
+    name: str
     mutant: str | None
     violations: Sequence[Violation]
     broken: Sequence[str]
@@ -43,27 +48,29 @@ class Verdict:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description="Prove the broker's promises.")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long callers call; a mutant has its own time")
+    parser.add_argument("--policy", choices=QUANTA, help="the order of the run without a defect; default: each")
     parser.add_argument("--mutant", choices=MUTANTS, help="run with this defect")
     parser.add_argument("--all", action="store_true", help="once without a defect, then with each")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="keep history, log and rows there")
     chosen = parser.parse_args()
-    names = [None, *MUTANTS] if chosen.all else [chosen.mutant]
     verdicts = []
-    for name in names:
-        seconds = chosen.seconds if name is None or chosen.mutant else MUTANTS[name].seconds
-        verdicts.append(_one(name, seconds, chosen.seed, chosen.out))
+    if chosen.mutant is None:
+        for policy in QUANTA if chosen.policy is None else [chosen.policy]:
+            plan = Plan(chosen.seconds, chosen.seed, QUANTA[policy])
+            verdicts.append(_one(policy, plan, None, chosen.out))
+    for name in MUTANTS if chosen.all else [chosen.mutant] if chosen.mutant else []:
+        seconds = chosen.seconds if chosen.mutant else MUTANTS[name].seconds
+        verdicts.append(_one(name, MUTANTS[name].plan(seconds, chosen.seed), name, chosen.out))
     print("\n" + table(verdicts))
     return 0 if all(verdict.as_it_must_be for verdict in verdicts) else 1
 
 
-def _one(name: str | None, seconds: float, seed: int, out: Path | None) -> Verdict:
-    defect = None if name is None else MUTANTS[name]
-    plan = Plan(seconds, seed) if defect is None else defect.plan(seconds, seed)
-    with _directory(out, name or "clean") as directory:
-        outcome = torture(directory, plan, name)
-        verdict = Verdict(name, check(outcome.run), outcome.broken)
-    _tell(name or "clean", verdict, outcome)
+def _one(name: str, plan: Plan, mutant: str | None, out: Path | None) -> Verdict:
+    with _directory(out, name) as directory:
+        outcome = torture(directory, plan, mutant)
+        verdict = Verdict(name, mutant, check(outcome.run), outcome.broken)
+    _tell(verdict, outcome)
     return verdict
 
 
@@ -77,8 +84,8 @@ def _directory(out: Path | None, name: str) -> Iterator[Path]:
         yield out / name
 
 
-def _tell(name: str, verdict: Verdict, outcome: Outcome) -> None:
-    print(f"{name}: {figures(outcome.run)}", flush=True)
+def _tell(verdict: Verdict, outcome: Outcome) -> None:
+    print(f"{verdict.name}: {figures(outcome.run)}", flush=True)
     if verdict.mutant is not None and verdict.as_it_must_be:
         return
     told: Counter[str] = Counter()
@@ -95,7 +102,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
     for verdict in verdicts:
         found = ", ".join(f"{rule} {count}x" for rule, count in sorted(verdict.counts.items())) or "nothing"
         must = "nothing" if verdict.mutant is None else " or ".join(MUTANTS[verdict.mutant].caught_by)
-        rows.append((verdict.mutant or "clean", found, must, "ok" if verdict.as_it_must_be else "FAILED"))
+        rows.append((verdict.name, found, must, "ok" if verdict.as_it_must_be else "FAILED"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows

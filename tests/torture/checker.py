@@ -12,12 +12,15 @@ also before a renew that was answered late. All consumers of a run conflict, on 
     R3   one request has one lease, and who repeats it is told the same one
     R4   a renew inside a certain hold is not answered 404
     R5   a lease that is over stays so: after a 404, after a release, after the end that the broker wrote down
-    R6   in one life of the broker, the order of arrival is the order of fences and that of real time
-    R7   nobody is refused for want of time while a later caller was served
+    R6   in one life of the broker, the order of arrival is the order of fences and that of real time; with a quantum,
+         within each consumer
+    R7   nobody is refused for want of time while a later caller was served; with a quantum, one for the same consumer
     R8   what callers saw is what the broker wrote down: every grant and every release, with fences without a gap
     R9   when everybody has gone, nobody waits and nobody holds
     R10  the card's own list of holders is the broker's, after every fault, and nothing was put on it that does not fit
     R11  nobody is granted who hung up, alone, a second before: a ghost
+    R12  with a quantum, who is overtaken is so by one turn of another consumer, and by nobody who is granted later than
+         a quantum from when both had begun, the turn and the wait
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ NOTED_NS = 100 * MILLISECOND
 ARRIVAL_NS = 300 * MILLISECOND
 """From a request's departure to its number of arrival, on a machine whose two cores are busy."""
 GHOST_NS = SECOND
+TURN_NS = 300 * MILLISECOND
+"""From a turn to its grant, where nobody has to be sent away."""
 FOREVER_NS = 1 << 62
 
 
@@ -251,8 +256,15 @@ def first_come_first_served(run: Run) -> Iterator[str]:
         if any("arrival" not in event.facts for event in events):
             yield f"grants of life {life} carry no number of arrival"
             continue
-        yield from _served_in_order(sorted(events, key=lambda event: event.fence))
+        in_order = sorted(events, key=lambda event: event.fence)
+        for line in [in_order] if run.quantum_ns is None else _each_consumer(in_order):
+            yield from _served_in_order(line)
         yield from _numbered_in_order(events, calls, asked, run.faults)
+
+
+def _each_consumer(events: Sequence[Event]) -> Iterator[Sequence[Event]]:
+    for consumer in sorted({str(event.consumer) for event in events}):
+        yield [event for event in events if event.consumer == consumer]
 
 
 def _served_in_order(events: Sequence[Event]) -> Iterator[str]:
@@ -288,6 +300,8 @@ def nobody_is_overtaken(run: Run) -> Iterator[str]:
         if refused.op != "acquire" or refused.error != "scheduler_timeout" or _disturbed(refused, run.faults):
             continue
         for call, row in served:
+            if run.quantum_ns is not None and row.consumer != refused.consumer:
+                continue
             sent_ns, at_ns = asked.get(call.request_id or "", call.inv_ns), stamp_ns(row, "granted_boot") or 0
             if refused.sent_ns + ARRIVAL_NS < sent_ns and at_ns < refused.ok_ns - ARRIVAL_NS:
                 yield f"{refused.request_id} waited in vain, and {call.request_id} came later and was served"
@@ -351,6 +365,43 @@ def ghosts_are_not_granted(run: Run) -> Iterator[str]:
         at_ns = stamp_ns(event, "granted_boot") or event.at_ns
         if awake_ns(gone_ns, at_ns, run.faults) >= GHOST_NS:
             yield f"{event.lease_id} was granted to a caller who had hung up {(at_ns - gone_ns) / SECOND:.1f} s before"
+
+
+@rule("R12")
+def nobody_is_overtaken_for_longer_than_a_turn(run: Run) -> Iterator[str]:
+    if run.quantum_ns is None:
+        return
+    calls = {str(call.lease_id): call for call in granted(run)}
+    by_life: dict[str, list[Event]] = defaultdict(list)
+    for event in sorted(run.grants(), key=lambda event: event.fence):
+        by_life[event.life].append(event)
+    for events in by_life.values():
+        for event in events:
+            if event.lease_id in calls:
+                came_ns = arrived_ns(calls[event.lease_id], run.faults)
+                yield from _overtaken(event, came_ns, events, run.quantum_ns, run.faults)
+
+
+def _overtaken(
+    event: Event, came_ns: int, events: Sequence[Event], quantum_ns: int, faults: Sequence[Fault]
+) -> Iterator[str]:
+    """``events``: the grants of this life, in their order."""
+    turn_ns, turns, before = 0, set[int](), None
+    for other in events:
+        if other.fence >= event.fence:
+            return
+        at_ns = stamp_ns(other, "granted_boot") or 0
+        if other.consumer != before:
+            turn_ns, before = at_ns, other.consumer
+        if other.consumer == event.consumer or other.facts["arrival"] < event.facts["arrival"]:
+            continue
+        turns.add(turn_ns)
+        if len(turns) == 2:
+            yield f"{event.lease_id} was overtaken in a second turn of {other.consumer}, by {other.lease_id}"
+        over_ns = awake_ns(max(turn_ns, came_ns), at_ns, faults) - quantum_ns
+        if over_ns > TURN_NS:
+            late_ms = over_ns / MILLISECOND
+            yield f"{event.lease_id} was overtaken by {other.lease_id} {late_ms:.0f} ms after the quantum was over"
 
 
 def awake_ns(from_ns: int, until_ns: int, faults: Iterable[Fault]) -> int:

@@ -222,6 +222,7 @@ class Client:
             "acquire",
             tries,
             request_id=asked["request_id"],
+            consumer=asked["consumer"],
             lease_id=granted.get("lease_id"),
             fence=granted.get("fence"),
             expires_ns=expires_ns,

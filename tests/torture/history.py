@@ -71,6 +71,7 @@ class Call:
     expires_ns: int | None = None
     released: bool | None = None
     error: str | None = None
+    consumer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,9 @@ class Final:
 
 @dataclass(slots=True)
 class Run:
+    """``quantum_ns``: the longest turn while somebody else is waited for; None: first come, first served."""
+
+    quantum_ns: int | None = None
     calls: list[Call] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     truths: list[Truth] = field(default_factory=list)
@@ -148,8 +152,8 @@ class Run:
 class Recorder:
     """Written as it comes, one JSON line each, so that a run that breaks leaves what it saw. Any thread."""
 
-    def __init__(self, path: Path) -> None:
-        self.run = Run()
+    def __init__(self, path: Path, quantum_ns: int | None = None) -> None:
+        self.run = Run(quantum_ns)
         self._file = path.open("w", encoding="utf-8", buffering=1)  # a line at once
         self._turn = threading.Lock()
 

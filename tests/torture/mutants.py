@@ -17,7 +17,7 @@ from typing import Any
 
 from gpumgr import wiring
 from gpumgr.adapters import store
-from gpumgr.core import queue
+from gpumgr.core import quantum, queue
 from gpumgr.core.catalog import Catalog
 from gpumgr.core.lease import EndReason, Lease, LeaseBook, Renewed
 from gpumgr.core.queue import Entry
@@ -28,7 +28,7 @@ from gpumgr.runtime.ticket import Caller
 from gpumgr.web.hangup import HangUp
 from tests.torture.clients import Manners
 from tests.torture.nemesis import Moods
-from tests.torture.plan import Plan
+from tests.torture.plan import QUANTUM_SECONDS, Plan
 
 ENV = "GPUMGR_TORTURE_MUTANT"
 LATE_SECONDS = 0.3
@@ -45,10 +45,12 @@ class Mutant:
     manners: Manners = field(default_factory=Manners)
     moods: Moods = field(default_factory=Moods)
     seconds: float = 15.0
+    quantum_seconds: float | None = None
 
     def plan(self, seconds: float, seed: int = 1) -> Plan:
         """What it leaves behind is not waited for: it is not what it must be caught by."""
-        return Plan(seconds, seed, manners=self.manners, moods=self.moods, drain_seconds=0)
+        manners, moods = self.manners, self.moods
+        return Plan(seconds, seed, self.quantum_seconds, manners=manners, moods=moods, drain_seconds=0)
 
 
 MUTANTS: dict[str, Mutant] = {}
@@ -120,12 +122,24 @@ def reply_before_commit() -> None:
     _put(wiring, "SqliteStore", Late)
 
 
+def _youngest_first(line: Mapping[str, OrderedDict[int, Entry]], _catalog: Catalog) -> list[Entry]:
+    return sorted((next(reversed(waiting.values())) for waiting in line.values()), key=lambda e: -e.seq)
+
+
 @mutant("R6", moods=QUIET)
 def last_come_first_served() -> None:
-    def heads(line: Mapping[str, OrderedDict[int, Entry]], _catalog: Catalog) -> list[Entry]:
-        return sorted((next(reversed(waiting.values())) for waiting in line.values()), key=lambda e: -e.seq)
+    _put(queue, "heads", _youngest_first)
 
-    _put(queue, "heads", heads)
+
+@mutant("R6", moods=QUIET, quantum_seconds=QUANTUM_SECONDS)
+def last_come_of_a_consumer_first_served() -> None:
+    _put(quantum, "heads", _youngest_first)
+
+
+@mutant("R12", manners=Manners(holds_seconds=(0.05, 0.1)), moods=QUIET, quantum_seconds=QUANTUM_SECONDS)
+def endless_turn() -> None:
+    """Whoever is on the card keeps its turn for as long as somebody asks for it."""
+    _put(quantum.Quantum, "quantum_seconds_of", lambda _self, _round_trip, _times: 1e9)
 
 
 @mutant("R1", "R5", manners=Manners(crashes=0.2), moods=QUIET)

@@ -22,7 +22,7 @@ from gpumgr.sim.stage import Stage
 from tests.brokers import RunningBroker
 from tests.torture.checker import CLOCKS_NS
 from tests.torture.clients import CONSUMERS, Client
-from tests.torture.history import Final, Ledger, Recorder, Run, Truth, boot_ns, boot_of_wall
+from tests.torture.history import SECOND, Final, Ledger, Recorder, Run, Truth, boot_ns, boot_of_wall
 from tests.torture.mutants import ENV
 from tests.torture.nemesis import Nemesis
 from tests.torture.plan import Plan
@@ -42,7 +42,8 @@ class Outcome:
 
 
 def torture(directory: Path, plan: Plan, mutant: str | None = None) -> Outcome:
-    with closing(Recorder(directory / "history.jsonl")) as recorder:
+    quantum_ns = None if plan.quantum_seconds is None else round(plan.quantum_seconds * SECOND)
+    with closing(Recorder(directory / "history.jsonl", quantum_ns)) as recorder:
         return _recorded(recorder, directory, plan, mutant)
 
 
@@ -50,7 +51,7 @@ def _recorded(recorder: Recorder, directory: Path, plan: Plan, mutant: str | Non
     env = {} if mutant is None else {ENV: mutant}
     arguments = () if mutant is None else MUTANT_CONF
     with Stage(directory, speed=50, total_mib=CARD_MIB) as stage:
-        broker = RunningBroker(directory, _config(stage, directory), env)
+        broker = RunningBroker(directory, _config(stage, directory, plan), env)
         ledger = Ledger(broker.state_dir / "gpumgr.db")
         with _started(broker, arguments):
             broken = _under_torture(broker, stage, recorder, ledger, arguments, plan)
@@ -60,10 +61,12 @@ def _recorded(recorder: Recorder, directory: Path, plan: Plan, mutant: str | Non
     return Outcome(recorder.run, broken)
 
 
-def _config(stage: Stage, directory: Path) -> dict[str, Any]:
+def _config(stage: Stage, directory: Path, plan: Plan) -> dict[str, Any]:
     config = stage.config(state_dir=directory / "state")
     config["lease"] = {"min_ttl_seconds": 1}
-    config["scheduling"] = {"policy": "fifo"}  # whose order can be told from outside: R6
+    config["scheduling"] = {"policy": "fifo"}
+    if plan.quantum_seconds is not None:
+        config["scheduling"] = {"policy": "quantum", "quantum_seconds": plan.quantum_seconds}
     config["consumers"] = {name: config["consumers"][name] | {"can_coexist_with": []} for name in CONSUMERS}
     config["routing"] = {kind: name for kind, name in config["routing"].items() if name in CONSUMERS}
     return config

@@ -27,7 +27,9 @@ def call(op: Op, lease: int | None, inv: int, ok: int, *, code: int = 200, until
     )
 
 
-def grant(lease: int, at: int, until: int, *, arrival: int | None = None, life: str = "one") -> Event:
+def grant(
+    lease: int, at: int, until: int, *, arrival: int | None = None, life: str = "one", consumer: str = "mvoice"
+) -> Event:
     facts = {
         "lease_id": f"lease-{lease}",
         "fence": lease,
@@ -36,7 +38,7 @@ def grant(lease: int, at: int, until: int, *, arrival: int | None = None, life: 
         "granted_boot": at / 1000,
         "expires_boot": until / 1000,
     }
-    return Event(lease * 10, at * MILLISECOND, life, "grant", "mvoice", facts)
+    return Event(lease * 10, at * MILLISECOND, life, "grant", consumer, facts)
 
 
 def end(lease: int, at: int, how: str = "release") -> Event:
@@ -269,6 +271,15 @@ def test_r6_a_grant_without_a_number(right: Run) -> None:
     assert broken(right) == {"R6"}
 
 
+def test_r6_with_a_quantum_each_consumer_has_an_order_of_its_own(right: Run) -> None:
+    right.quantum_ns = 1000 * MILLISECOND
+    right.events[0] = grant(1, 1005, 3005, arrival=2)
+    right.events[2] = grant(2, 1206, 3206, arrival=1)
+    assert broken(right) == {"R6"}
+    right.events[0] = grant(1, 1005, 3005, arrival=2, consumer="whisper")
+    assert broken(right) == set()
+
+
 # -- R7 -----------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +301,14 @@ def test_r7_earlier_callers_were_served(right: Run) -> None:
 def test_r7_who_waited_through_a_restart_lost_its_place(right: Run) -> None:
     right.calls.append(refusal(550, 1500))
     assert broken(right) == set()
+
+
+def test_r7_with_a_quantum_only_the_same_consumer_counts(right: Run) -> None:
+    right.quantum_ns = 1000 * MILLISECOND
+    right.calls.append(replace(refusal(650, 1600), consumer="whisper"))
+    assert broken(right) == set()
+    moved(right, -1, consumer="mvoice")
+    assert broken(right) == {"R7"}
 
 
 # -- R8 -----------------------------------------------------------------------------------------------------
@@ -369,3 +388,54 @@ def test_r11_one_of_two_callers_is_still_there(right: Run) -> None:
     right.calls.append(call("acquire", 3, 1050, 2510, until=2600))
     ghost(right, 2505)
     assert broken(right) == set()
+
+
+# -- R12 ----------------------------------------------------------------------------------------------------
+
+
+def overtaken(right: Run, *others: tuple[int, str, int], came: int = 2000) -> None:
+    """A whisper that came as number 10, and before its own grant, at 5000, one that came before and these: when, for
+    whom, and its number."""
+    right.quantum_ns = 1000 * MILLISECOND
+    del right.calls[-1]
+    right.events.append(grant(3, 1850, 1860, consumer="whisper"))
+    for lease, (at, consumer, arrival) in enumerate(others, 4):
+        right.events.append(grant(lease, at, at + 10, arrival=arrival, consumer=consumer))
+    last = 4 + len(others)
+    right.events.append(grant(last, 5000, 5010, arrival=10, consumer="whisper"))
+    right.calls.append(call("acquire", last, came, 5001, until=5010))
+
+
+@pytest.mark.parametrize(("at", "found"), [(3590, set()), (3610, {"R12"})])
+def test_r12_overtaken_within_a_quantum_from_when_it_came(right: Run, at: int, found: set[str]) -> None:
+    overtaken(right, (1900, "mvoice", 11), (2500, "mvoice", 12), (at, "mvoice", 13))
+    assert broken(right) == found
+
+
+@pytest.mark.parametrize(("at", "found"), [(3790, set()), (3810, {"R12"})])
+def test_r12_overtaken_within_a_quantum_from_when_the_turn_began(right: Run, at: int, found: set[str]) -> None:
+    overtaken(right, (2500, "mvoice", 11), (at, "mvoice", 12), came=1500)
+    assert broken(right) == found
+
+
+def test_r12_time_in_which_the_broker_stood_still_does_not_count(right: Run) -> None:
+    overtaken(right, (1900, "mvoice", 11), (3900, "mvoice", 12))
+    assert broken(right) == {"R12"}
+    right.faults.append(Fault("stop", 3000 * MILLISECOND, 3500 * MILLISECOND))
+    assert broken(right) == set()
+
+
+def test_r12_overtaken_in_a_second_turn(right: Run) -> None:
+    overtaken(right, (2100, "mvoice", 11), (2200, "other", 9), (2300, "mvoice", 12))
+    assert broken(right) == {"R12"}
+
+
+def test_r12_who_came_before_overtakes_nobody(right: Run) -> None:
+    overtaken(right, (1900, "mvoice", 8), (2200, "other", 11), (4900, "mvoice", 9))
+    assert broken(right) == set()
+
+
+def test_r12_first_come_first_served_has_no_turns(right: Run) -> None:
+    overtaken(right, (1900, "mvoice", 11), (4900, "mvoice", 12))
+    right.quantum_ns = None
+    assert broken(right) == {"R6"}
