@@ -33,6 +33,7 @@ from tests.torture.plan import QUANTUM_SECONDS, Plan
 ENV = "GPUMGR_TORTURE_MUTANT"
 LATE_SECONDS = 0.3
 QUIET = Moods(every_seconds=(3.0, 5.0))
+CALM = Moods(every_seconds=(9.0, 12.0))
 KILLS = Moods(every_seconds=(0.4, 1.0), weights=(0.3, 0.2, 0.5, 0.0, 0.0))
 
 
@@ -136,7 +137,7 @@ def last_come_of_a_consumer_first_served() -> None:
     _put(quantum, "heads", _youngest_first)
 
 
-@mutant("R12", manners=Manners(holds_seconds=(0.05, 0.1)), moods=QUIET, quantum_seconds=QUANTUM_SECONDS)
+@mutant("R12", manners=Manners(holds_seconds=(0.1, 0.2)), moods=CALM, quantum_seconds=QUANTUM_SECONDS)
 def endless_turn() -> None:
     """Whoever is on the card keeps its turn for as long as somebody asks for it."""
     _put(quantum.Quantum, "quantum_seconds_of", lambda _self, _round_trip, _times: 1e9)
