@@ -26,7 +26,7 @@ A request that has its turn becomes a holder at once (``preparing``), so everyth
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -459,14 +459,15 @@ class Queue:
     def held_up_by(self, hold: Hold) -> int:
         """How many waiting requests this hold alone would be enough to keep waiting, or keeps waiting by its size, with
         others."""
-        return sum(len(queued) for name, queued in self._line.items() if self._holds_up(hold, name))
+        return sum(len(queued) for name, queued in self._line.items() if self.holds_up(hold, name))
 
     def behind(self, hold: Hold) -> int:
         """How many waiting requests keep their place because of this preparation alone."""
         names = (name for name in self._line if overlap(self.catalog.consumers[name].gpus, hold.gpus))
         return sum(len(self._line[name]) for name in names)
 
-    def _holds_up(self, hold: Hold, consumer: str) -> bool:
+    def holds_up(self, hold: Hold, consumer: str) -> bool:
+        """Whether this hold is one of those that keep one more request for this consumer waiting."""
         if consumer == hold.consumer:
             return len(self.holds_of(consumer)) >= self.catalog.consumers[consumer].max_concurrency
         return self.catalog.exclude(consumer, hold.consumer) or self._crowds(hold, consumer)
@@ -496,11 +497,12 @@ class Queue:
         """How many waiting requests are ahead of this one, whether or not they hold it up."""
         return sum(1 for _ in self._ahead_of(entry))
 
-    def next_without(self, hold: Hold, now: float) -> list[Next]:
-        """Those who would have the turn at once if this hold ended, and have none because of it; the next one first."""
-        others = [other for other in self._holds.values() if other is not hold]
+    def next_without(self, ended: Sequence[Hold], now: float) -> list[Next]:
+        """Those who would have the turn at once if these holds ended, and have none because of them; the next one
+        first."""
+        others = [other for other in self._holds.values() if other not in ended]
         turns = self._policy.turns(self._line, others, self.catalog, now, self.stays, self._swap_seconds)
-        kept = (entry for entry in turns.entries if self._holds_up(hold, entry.consumer))
+        kept = (entry for entry in turns.entries if any(self.holds_up(hold, entry.consumer) for hold in ended))
         return [Next(entry, turns.due_at.get(entry.seq)) for entry in kept]
 
     def blockers(self, consumer: Consumer) -> list[Hold]:

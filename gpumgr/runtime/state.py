@@ -935,8 +935,8 @@ class State:
         hold, now = self.queue.holds.get(lease.seq), self._clock.monotonic()
         if hold is None or hold.phase is not Phase.LIVE or not self.queue.line:
             return None
-        after = self.queue.next_without(hold, now)
-        found = yield_request(hold, self.granted_at[hold.seq], self._lease.min_hold_seconds, after, now)
+        held_since = {each.seq: self.granted_at[each.seq] for each in self.leases if each.seq in self.granted_at}
+        found = yield_request(hold, self.queue, held_since, self._lease.min_hold_seconds, now)
         if found is None:
             return None
         to = self.tickets[found.to.seq]

@@ -26,8 +26,8 @@ class Held:
         return self.queue.enter(name, at, priority=priority)
 
     def asked(self, now: float, min_hold_seconds: float = 5.0, hold: Hold | None = None) -> YieldRequest | None:
-        hold = hold or self.hold
-        return yield_request(hold, 0.0, min_hold_seconds, self.queue.next_without(hold, now), now)
+        held_since = dict.fromkeys(self.queue.holds, 0.0)
+        return yield_request(hold or self.hold, self.queue, held_since, min_hold_seconds, now)
 
 
 def test_1_nobody_is_asked_before_they_held_for_long_enough() -> None:
@@ -69,8 +69,46 @@ def test_2_for_any_of_those_who_would_go_side_by_side() -> None:
     held.hold.phase = Phase.LIVE
     chat = held.ask("chat", 3.0)
     hear = held.ask("hear", 130.0, INTERACTIVE)  # behind chat, which has waited for longer than its head start
-    assert [each.entry for each in held.queue.next_without(held.hold, 131.0)] == [chat, hear]
+    assert [each.entry for each in held.queue.next_without([held.hold], 131.0)] == [chat, hear]
     assert held.asked(131.0) == YieldRequest(hear, YieldReason.PRIORITY, 130.0)
+
+
+def test_2_for_who_has_several_in_its_way_all_of_them_are_asked() -> None:
+    held = Held(priority=BATCH)
+    held.ask("hear", 0.0, BATCH)
+    (hear,) = held.queue.begin(0.0)
+    paint = held.ask("paint", 1.0, INTERACTIVE)
+    assert held.asked(99.0) is None  # hear is being prepared
+    hear.phase = Phase.LIVE
+    asked = YieldRequest(paint, YieldReason.PRIORITY, 5.0)
+    assert (held.asked(99.0), held.asked(99.0, hold=hear)) == (asked, asked)
+    later = {held.hold.seq: 0.0, hear.seq: 50.0}
+    assert yield_request(held.hold, held.queue, later, 5.0, 54.0) is None  # it would not help
+    assert yield_request(held.hold, held.queue, later, 5.0, 55.0) == YieldRequest(paint, YieldReason.PRIORITY, 55.0)
+    assert yield_request(held.hold, held.queue, {held.hold.seq: 0.0}, 5.0, 99.0) is None  # hear is a proxied call
+
+
+def test_2_nobody_is_asked_beside_someone_who_is_not() -> None:
+    held = Held(Fifo(), BATCH)
+    held.ask("hear", 0.0, INTERACTIVE)
+    (hear,) = held.queue.begin(0.0)
+    hear.phase = Phase.LIVE
+    held.ask("paint", 1.0, INTERACTIVE)
+    assert (held.asked(99.0), held.asked(99.0, hold=hear)) == (None, None)
+
+
+def test_2_one_of_two_is_enough_where_there_is_one_place_too_few() -> None:
+    queue = Queue(catalog(consumer("chat", at_once=2)), Fifo(), lambda _from, _to: SWAP)
+    queue.enter("chat", 0.0, priority=BATCH)
+    queue.enter("chat", 0.0, priority=INTERACTIVE)
+    holds = []
+    while begun := queue.begin(0.0):
+        begun[0].phase = Phase.LIVE
+        holds += begun
+    chat = queue.enter("chat", 1.0, priority=INTERACTIVE)
+    since = {hold.seq: 0.0 for hold in holds}
+    asked = {hold.priority: yield_request(hold, queue, since, 5.0, 9.0) for hold in holds}
+    assert asked == {BATCH: YieldRequest(chat, YieldReason.PRIORITY, 5.0), INTERACTIVE: None}
 
 
 def test_3_for_someone_more_urgent_also_of_the_same_consumer() -> None:
