@@ -10,9 +10,10 @@ Rules of the turn (the numbers stand beside the code; 0 to 5 are those of core/q
 
 6. Within one consumer and class: first come, first served. **Older** is below whoever is ahead by ``Entry.order``.
 7. A request that needs no swap goes ahead of an older one that needs one, until that one is **due**: the resident has
-   had its quantum since its turn began, and so has the one that waits since its arrival (less the head start of its
-   class, where it has one), which is ``PATIENCE`` times what the swap costs at least. Where it needs several
-   gone, it is due when the last of their turns is over: so nobody keeps a card empty for a turn on another one.
+   had its quantum since its turn began, and so has the one that waits since its arrival, which is ``PATIENCE`` times
+   what the swap costs at least. For one that is more urgent than the next one for the resident, or where none waits
+   for it, its head start counts as waited. Where it needs several gone, it is due when the last of their turns is
+   over: so nobody keeps a card empty for a turn on another one.
 8. Among those that need a swap nobody overtakes anybody whom they would hold up: when a turn is over, the next one is
    the oldest request's. One that is due is held up by older ones only.
 9. The **quantum** of a pair is a multiple of what it costs to swap there and back, ``factor`` times at most:
@@ -125,21 +126,25 @@ class Quantum:
             found = True
             cost = round_trip_seconds(name, entry.consumer, swap_seconds)
             insists = entry.consumer in stays and self._asked_again_at_once(stays[entry.consumer], cost)
-            turn, patience = self._times(entry, name, line, catalog, insists)
-            due_at = max(due_at, stay.since + self.quantum_seconds_of(cost, turn))
-            waits_from = min(entry.arrived_at, entry.counts_from)
-            due_at = max(due_at, waits_from + self.quantum_seconds_of(cost, patience))
+            asked = self.factor if insists else waiting_for_part_of(name, line, catalog) / WAITING_EACH
+            due_at = max(due_at, self._due_at(entry, line.get(name, {}), stay.since, asked, cost))
             if stay.idle_since is not None and _is_known(name, entry.consumer, swap_seconds):
                 lingers_until = max(lingers_until, stay.idle_since + self.linger_seconds(stay, cost))
         return Swap(due_at, lingers_until) if found else None
 
-    def _times(self, entry: Entry, resident: str, line: Line, catalog: Catalog, insists: bool) -> tuple[float, float]:
-        """How many times what the swap costs the resident's turn lasts (9), and this one has to wait at least (7)."""
-        next_there = next(iter(line.get(resident, {}).values()), None)
-        if next_there is not None and entry.priority.rank < next_there.priority.rank:
-            return URGENT, URGENT
-        asked = self.factor if insists else waiting_for_part_of(resident, line, catalog) / WAITING_EACH
-        return asked, max(PATIENCE, asked)
+    def _due_at(
+        self, entry: Entry, residents: Mapping[int, Entry], turn_since: float, asked: float, cost: float
+    ) -> float:
+        """``residents``: those who wait for who is on the card. ``asked``: how many times what the swap costs (9)."""
+        turn, patience, waits_from = asked, max(PATIENCE, asked), entry.arrived_at
+        next_there = next(iter(residents.values()), None)
+        if next_there is None or entry.priority.rank < next_there.priority.rank:  # 7
+            waits_from = min(entry.arrived_at, entry.counts_from)
+        if next_there is not None and entry.priority.rank < next_there.priority.rank:  # 9
+            turn = patience = URGENT
+        return max(
+            turn_since + self.quantum_seconds_of(cost, turn), waits_from + self.quantum_seconds_of(cost, patience)
+        )
 
     def _asked_again_at_once(self, stay: Stay, round_trip: float) -> bool:
         return self.linger_seconds(stay, round_trip) > 0 and self._pays(stay.gaps[-1], round_trip)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -417,18 +419,28 @@ def test_whoever_was_unloaded_stays_no_more() -> None:
     assert bench.go() == ["voice"]
 
 
-def test_7_who_is_more_urgent_is_due_earlier_by_its_head_start() -> None:
-    bench = Bench(*THREE, policy=Quantum(factor=100.0))
-    bench.ask("chat")
+@pytest.mark.parametrize("priority", list(Priority))
+def test_7_among_the_equally_urgent_nobody_has_a_head_start(priority: Priority) -> None:
+    bench = Bench(*THREE)
+    bench.serve("chat")
+    bench.now = 1000
+    bench.ask("voice", "chat", priority=priority)
+    bench.now = 1000 + PATIENCE * 2 * SWAP - 1
     assert bench.go() == ["chat"]
-    bench.now = 10 * LONGEST
-    bench.ask("voice", priority=Priority.INTERACTIVE)
-    bench.ask(*["chat"] * 99, priority=Priority.INTERACTIVE)
+    bench.ask("chat", priority=priority)
     bench.end()
-    assert bench.go() == ["chat"]
-    bench.now += 100 * 2 * SWAP - HEAD_START_SECONDS
-    bench.end()
+    bench.now += 1
     assert bench.go() == ["voice"]
+
+
+@pytest.mark.parametrize(("priority", "went"), [(Priority.INTERACTIVE, ["voice"]), (Priority.NORMAL, [])])
+def test_7_who_has_a_head_start_waits_for_nobody_to_come_back(priority: Priority, went: list[str]) -> None:
+    bench = Bench(*THREE)
+    bench.now = 1000
+    returns_after(bench, "chat", 1.0, 1.0, 1.0)
+    bench.queue.stays["chat"] = replace(bench.queue.stays["chat"], since=bench.now - HEAD_START_SECONDS)
+    bench.ask("voice", priority=priority)
+    assert bench.go() == went
 
 
 @pytest.mark.parametrize(
