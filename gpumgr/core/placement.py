@@ -55,6 +55,8 @@ from gpumgr.core.outside import Game, Outside, Pause, Stranger
 from gpumgr.core.victims import smallest_set
 from gpumgr.errors import EvictionFailed, GpuUnreadable, GpuYielded, InsufficientVram, Refused
 
+PINNED_LOOKED_AT = 6
+"""Of more pinned ones whoever was used the longest ago goes first, as for so many sets there is no time."""
 LEFTOVER_SLACK_MIB = 64
 """A context may grow a little without a model being loaded."""
 
@@ -341,7 +343,7 @@ def _fewest(target: Consumer, view: View, idle: Sequence[str]) -> tuple[str, ...
     pinned = [name for name in idle if name not in free]
     for some in range(len(pinned) + 1):
         found = []
-        for last in combinations(pinned, some):
+        for last in combinations(pinned, some) if len(pinned) <= PINNED_LOOKED_AT else [tuple(pinned[:some])]:
             left = {gpu: mib - sum(held_mib[name][gpu] for name in last) for gpu, mib in short_mib.items()}
             fits = all(mib <= 0 for mib in left.values())
             first = () if fits else smallest_set(free, held_mib, left)

@@ -15,7 +15,8 @@ from itertools import combinations
 from gpumgr.core.catalog import GpuRef
 
 LOOKED_AT = 12
-"""Of so many the sets can be gone through, under the lock. Nobody has more idle residents on a card."""
+"""Of so many the sets can be gone through, under the lock. Where these make no room, the others go one after the other
+until there is."""
 
 
 def smallest_set(
@@ -23,8 +24,9 @@ def smallest_set(
 ) -> tuple[str, ...]:
     """``idle``: the least recently used first; so is the answer. Empty where all of them together make no room."""
     numbers = range(min(len(idle), LOOKED_AT))
-    if not _makes_room(numbers, idle, held_mib, short_mib):
-        return ()  # who waits for a holder's memory asks twice a second
+    if not _makes_room(numbers, idle, held_mib, short_mib):  # who waits for a holder's memory asks twice a second
+        ends = range(LOOKED_AT + 1, len(idle) + 1)
+        return next((tuple(idle[:end]) for end in ends if _makes_room(range(end), idle, held_mib, short_mib)), ())
     for size in range(1, len(numbers) + 1):
         sets = (some for some in combinations(numbers, size) if _makes_room(some, idle, held_mib, short_mib))
         best = min(sets, key=lambda some: some[::-1], default=None)

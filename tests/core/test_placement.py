@@ -230,6 +230,16 @@ def test_6_who_is_pinned_does_not_go_in_vain() -> None:
     assert decide(TALK, last) == Unload(("chat",), required=False), "before a refusal whatever may help is tried"
 
 
+def test_6_of_many_pinned_ones_whoever_was_used_the_longest_ago_goes() -> None:
+    names = [f"pinned{number:02}" for number in range(40)]
+    target = consumer("paint", 14000, beside=names)
+    many = catalog(target, *(consumer(name, 1000, beside=["paint"], pinned=True) for name in names))
+    used = {name: float(number) for number, name in enumerate(names)}
+    held: dict[Any, int | Holding] = dict.fromkeys(names, 1000)
+    room = view(gpu(100, total=41000, games={"game": 900}), of=many, held=held, last_used=used)
+    assert decide(target, room) == Unload(tuple(names[:15]), required=False)
+
+
 def test_3_who_is_pinned_goes_when_the_others_are_gone() -> None:
     some = catalog(PAINT, consumer("chat", 9000, pinned=True), HEAR)
     state = view(gpu(13000), of=some, held={"chat": 9000, "hear": 2000})

@@ -38,7 +38,8 @@ def test_a_crowd_is_cut() -> None:
     names = [f"consumer{number}" for number in range(200)]
     held: dict[str, dict[GpuRef, int]] = {name: {0: 1} for name in names}
     assert smallest_set(names, held, {0: 3}) == tuple(names[:3])
-    assert smallest_set(names, held, {0: 100}) == ()
+    assert smallest_set(names, held, {0: 100}) == tuple(names[:100])
+    assert smallest_set(names, held, {0: 201}) == ()
 
 
 class Asked(Mapping[GpuRef, int]):
