@@ -1130,18 +1130,27 @@ class QuantumMachine(BrokerMachine):
     @precondition(lambda self: any(held.alive(self.now) for held in self.held))
     @rule(pick=PICK, at_once=st.booleans(), keep_up=KEEP_UP)
     def make_way(self, pick: int, at_once: bool, keep_up: bool) -> None:
-        """Where its holder is asked to, and comes back, when the other one has it or before."""
+        """Where its holder is asked to, with all who are asked for the same one's sake, as far as that takes them. It
+        comes back, when the other one has it or before."""
         alive = [held for held in self.held if held.alive(self.now)]
         held = alive[pick % len(alive)]
-        wish = self.world.broker.state.wish(self.world.broker.lease(held.token))
+        to = self.asked_to_yield_to(held)
         lease_id = self.world.broker.lease(held.token).lease_id
-        if wish is not None:
-            assert wish.seq in [wanted.seq for wanted in self.waiting()], "asked to yield to nobody who waits"
-            self.end_lease(held, goes_on=False)
-            assert wish.seq in self.world.broker.state.queue.holds, "it made way, and the other one does not go"
+        if to is not None:
+            assert to in [wanted.seq for wanted in self.waiting()], "asked to yield to nobody who waits"
+            others = [other for other in alive if other is not held and self.asked_to_yield_to(other) == to]
+            for each in [held, *others]:
+                if to not in self.world.broker.state.queue.holds:
+                    self.end_lease(each, goes_on=False)
+            assert to in self.world.broker.state.queue.holds, "they made way, and the other one does not go"
             self.let_threads_run(not at_once)
             self.ask(held.name, held.ttl, 120, None, True, resume_of=lease_id)
         self.let_threads_run(keep_up)
+
+    def asked_to_yield_to(self, held: Held) -> int | None:
+        """The number of that request."""
+        wish = self.world.broker.state.wish(self.world.broker.lease(held.token))
+        return None if wish is None else wish.seq
 
     @invariant()
     def nobody_who_may_go_is_left_waiting(self) -> None:
