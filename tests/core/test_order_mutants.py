@@ -1,0 +1,323 @@
+"""Broken orders: each must be noticed, by the machine that runs with quanta, or, where that would be luck, by a story.
+
+As test_mutants.py, which has what both orders share.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis.stateful import run_state_machine_as_test
+
+from gpumgr.core import quantum, queue, yielding
+from gpumgr.core.catalog import Catalog
+from gpumgr.core.lease import Lease
+from gpumgr.core.placement import View
+from gpumgr.core.quantum import FLOOR_SECONDS, GAPS_NEEDED, URGENT, WAITING_EACH, Quantum
+from gpumgr.core.queue import HEAD_START_SECONDS, Entry, Line, Priority, Queue, Stay, Turns
+from gpumgr.core.yielding import YieldRequest
+from gpumgr.runtime import state
+from gpumgr.runtime.state import State
+from tests.core.test_machine import BrokerMachine, QuantumMachine
+from tests.core.test_mutants import HUNT, Mutant
+from tests.worlds import World, catalog, consumer
+
+FOREVER_SECONDS = 1e9
+MUTANTS: dict[str, Mutant] = {}
+RARE: dict[str, tuple[Mutant, Callable[[], None]]] = {}
+
+
+def mutant(install: Mutant) -> Mutant:
+    MUTANTS[install.__name__] = install
+    return install
+
+
+def rare(story: Callable[[], None]) -> Callable[[Mutant], Mutant]:
+    def enter(install: Mutant) -> Mutant:
+        RARE[install.__name__] = install, story
+        return install
+
+    return enter
+
+
+# -- turns --------------------------------------------------------------------------------------------------
+
+
+@mutant
+def a_turn_never_ends(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Quantum, "quantum_seconds_of", lambda _self, _round_trip, _times: FOREVER_SECONDS)
+
+
+@mutant
+def nobody_keeps_a_turn(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Quantum, "quantum_seconds_of", lambda _self, _round_trip, _times: 0.0)
+
+
+@mutant
+def each_request_begins_a_turn_anew(patch: pytest.MonkeyPatch) -> None:
+    real = queue.stays_after
+
+    def stays_after(stays: Mapping[str, Stay], line: Line, holds: Any, catalog: Catalog, now: float) -> dict[str, Stay]:
+        some = list(holds)
+        after = real(stays, line, some, catalog, now)
+        return after | {hold.consumer: replace(after[hold.consumer], since=now) for hold in some}
+
+    patch.setattr(queue, "stays_after", stays_after)
+
+
+@mutant
+def the_resident_overtakes_who_is_due(patch: pytest.MonkeyPatch) -> None:
+    """Who needs no swap goes first, and not only until then."""
+    real, order = Quantum.turns, queue.in_order
+    resident: set[str] = set()
+
+    def turns(self: Quantum, *asked: Any) -> Turns:
+        resident.clear()
+        resident.update(name for name, stay in asked[4].items() if stay.since is not None)
+        return real(self, *asked)
+
+    def in_order(entries: Iterable[Entry], ahead: Counter[str], catalog: Catalog) -> list[Entry]:
+        return order(sorted(entries, key=lambda entry: entry.consumer not in resident), ahead, catalog)
+
+    patch.setattr(Quantum, "turns", turns)
+    patch.setattr(quantum, "in_order", in_order)
+
+
+@mutant
+def who_is_due_overtakes_whom_it_holds_up(patch: pytest.MonkeyPatch) -> None:
+    """Rule 8, for whoever is due."""
+    patch.setattr(quantum, "_held_up", lambda _entry, _behind, _catalog: False)
+
+
+@mutant
+def the_youngest_is_next(patch: pytest.MonkeyPatch) -> None:
+    """Rule 8, when a turn is over."""
+    real = queue.heads
+    patch.setattr(quantum, "heads", lambda line, catalog: real(line, catalog)[::-1])
+
+
+@mutant
+def the_youngest_of_a_consumer_is_next(patch: pytest.MonkeyPatch) -> None:
+    def heads(line: Line, _catalog: Catalog) -> list[Entry]:
+        return sorted((max(each.values(), key=lambda e: e.order) for each in line.values()), key=lambda e: e.order)
+
+    patch.setattr(quantum, "heads", heads)
+
+
+@mutant
+def nobody_looks_again(patch: pytest.MonkeyPatch) -> None:
+    real = Quantum.turns
+    patch.setattr(Quantum, "turns", lambda *asked: replace(real(*asked), look_again_at=None))
+
+
+@mutant
+def somebody_looks_again_a_minute_late(patch: pytest.MonkeyPatch) -> None:
+    real = Quantum.turns
+
+    def turns(*asked: Any) -> Turns:
+        found = real(*asked)
+        at = found.look_again_at
+        return replace(found, look_again_at=None if at is None else at + 60)
+
+    patch.setattr(Quantum, "turns", turns)
+
+
+# -- who is idle --------------------------------------------------------------------------------------------
+
+
+@mutant
+def who_is_idle_lingers_until_others_are_due(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Quantum, "linger_seconds", lambda _self, stay, _trip: FOREVER_SECONDS if stay.gaps else 0.0)
+
+
+def who_left_the_card_is_not_waited_for() -> None:
+    world = World(catalog(consumer("chat", 9000), consumer("paint", 14000)), totals_mib=[16000])
+    world.broker.state.queue._swap_seconds = lambda _leaving, _coming: FLOOR_SECONDS
+    for _ in range(GAPS_NEEDED + 1):  # it usually comes back at once
+        world.broker.release(world.grant("chat", loaded=True).token)
+        world.pass_time(0.1)
+    world.services["chat"].take(0)
+    world.broker.observe_card()
+    paint = world.ask("paint", wait_seconds=60)
+    world.prepare()
+    assert isinstance(paint.answer, Lease), "it waits for a turn of one who has left"
+
+
+@rare(who_left_the_card_is_not_waited_for)
+def who_left_the_card_keeps_its_turn(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Queue, "end_stay", lambda _self, _consumer: None)
+
+
+# -- classes, making way and coming back --------------------------------------------------------------------
+
+
+def one_who_came_long_before_is_ahead_of_who_is_more_urgent() -> None:
+    world = World(catalog(consumer("chat", 9000)))
+    lease = world.grant("chat", ttl_seconds=600)
+    first = world.ask("chat", wait_seconds=600)
+    world.pass_time(HEAD_START_SECONDS + 1)
+    world.ask("chat", wait_seconds=600, priority=Priority.INTERACTIVE)
+    world.broker.release(lease.token)
+    world.prepare()
+    assert isinstance(first.answer, Lease), "it does not age"
+
+
+@rare(one_who_came_long_before_is_ahead_of_who_is_more_urgent)
+def nobody_ages(patch: pytest.MonkeyPatch) -> None:
+    """Whoever is more urgent is ahead, however long others have waited."""
+    _ordered_by(patch, lambda entry: (entry.arrived_at + FOREVER_SECONDS * entry.priority.rank, entry.seq, 0))
+
+
+@mutant
+def a_class_changes_nothing(patch: pytest.MonkeyPatch) -> None:
+    _ordered_by(patch, lambda entry: (entry.arrived_at, entry.seq, 0))
+
+
+def a_chat_waits_and_somebody_more_urgent_comes() -> None:
+    world = World(catalog(consumer("chat", 9000), consumer("paint", 14000)), totals_mib=[16000])
+    lease = world.grant("chat", loaded=True)
+    for _ in range(int(WAITING_EACH * 20)):
+        world.ask("chat", wait_seconds=600)
+    paint = world.ask("paint", wait_seconds=600, priority=Priority.INTERACTIVE)
+    world.pass_time(URGENT * FLOOR_SECONDS)
+    world.broker.release(lease.token)
+    world.prepare()
+    assert isinstance(paint.answer, Lease), "it waits for a whole turn of who is less urgent"
+
+
+@rare(a_chat_waits_and_somebody_more_urgent_comes)
+def who_is_more_urgent_waits_for_a_whole_turn(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(quantum, "URGENT", FOREVER_SECONDS)
+
+
+@mutant
+def who_resumes_is_ahead_of_everybody(patch: pytest.MonkeyPatch) -> None:
+    real = Entry.__post_init__
+
+    def order(self: Entry) -> None:
+        real(self)
+        if self.behind is not None:
+            object.__setattr__(self, "order", (-FOREVER_SECONDS, *self.order[1:]))
+
+    patch.setattr(Entry, "__post_init__", order)
+
+
+@mutant
+def who_resumes_is_the_last_one(patch: pytest.MonkeyPatch) -> None:
+    real = Queue.enter
+    patch.setattr(Queue, "enter", lambda self, *asked, **how: real(self, *asked, **how | {"behind": None}))
+
+
+@mutant
+def a_holder_is_asked_to_yield_at_once(patch: pytest.MonkeyPatch) -> None:
+    def yield_request(hold: Any, line: Queue, since: Any, _min_hold_seconds: float, now: float) -> YieldRequest | None:
+        return yielding.yield_request(hold, line, since, 0.0, now)
+
+    patch.setattr(state, "yield_request", yield_request)
+
+
+@mutant
+def a_holder_is_asked_to_yield_to_whoever_is_first_in_line(patch: pytest.MonkeyPatch) -> None:
+    """Also where it would not be that one's turn."""
+
+    def next_without(self: Queue, _ended: Any, now: float) -> list[queue.Next]:
+        return [queue.Next(entry, now) for entry in self.waiting()]
+
+    patch.setattr(Queue, "next_without", next_without)
+
+
+def _ordered_by(patch: pytest.MonkeyPatch, of: Callable[[Entry], queue.Order]) -> None:
+    def order(self: Entry) -> None:
+        object.__setattr__(self, "order", of(self) if self.behind is None else (*self.behind[:2], self.seq))
+
+    patch.setattr(Entry, "__post_init__", order)
+
+
+# -- sharing ------------------------------------------------------------------------------------------------
+
+
+def one_does_not_fit_beside_what_was_promised() -> None:
+    some = [consumer(name, mib, by_size=True) for name, mib in (("chat", 12000), ("paint", 14000))]
+    world = World(catalog(*some))
+    world.broker.observe_card()
+    world.grant("chat")  # nothing of it is on the card yet
+    paint = world.ask("paint", wait_seconds=60)
+    world.prepare()
+    assert paint.waits, "lent twice"
+    assert world.begun() == [], "it keeps everybody from being prepared"
+
+
+@rare(one_does_not_fit_beside_what_was_promised)
+def sizes_are_not_added_up(patch: pytest.MonkeyPatch) -> None:
+    for room in (queue, quantum):
+        patch.setattr(room, "crowded", lambda _consumer, _ahead, _catalog: False)
+
+
+@rare(one_does_not_fit_beside_what_was_promised)
+def only_what_is_on_the_card_counts(patch: pytest.MonkeyPatch) -> None:
+    """Of the sizes of those who hold, and of what was promised to them."""
+    sizes_are_not_added_up(patch)
+    patch.setattr(State, "promised", lambda _self, _holders, _holdings, *_more: {})
+
+
+def a_call_comes_where_somebody_is_pinned() -> None:
+    some = (consumer("paint", 14000), consumer("chat", 9000), consumer("voice", 3000, pinned=True))
+    world = World(catalog(*some))
+    world.services["voice"].take()
+    world.services["chat"].take()
+    world.call("paint")
+    world.prepare()
+    assert world.services["chat"].asked_to_unload
+    assert not world.services["voice"].asked_to_unload, "it was pinned"
+
+
+@rare(a_call_comes_where_somebody_is_pinned)
+def who_is_pinned_goes_like_anybody(patch: pytest.MonkeyPatch) -> None:
+    real = State.view
+
+    def view(*asked: Any) -> View:
+        seen = real(*asked)
+        consumers = {name: replace(each, pinned=False) for name, each in seen.catalog.consumers.items()}
+        return replace(seen, catalog=replace(seen.catalog, consumers=consumers))
+
+    patch.setattr(State, "view", view)
+
+
+@pytest.mark.parametrize("name", sorted(RARE))
+def test_its_story_notices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install, story = RARE[name]
+    story()
+    install(monkeypatch)
+    with pytest.raises(AssertionError):
+        story()
+
+
+@pytest.mark.long
+class TestHuntOfNothing:
+    """Were anything wrong without a mutant, each hunt would end with that, and show nothing."""
+
+    @pytest.mark.parametrize("machine", [BrokerMachine, QuantumMachine])
+    def test_it_finds_nothing(self, machine: type[BrokerMachine]) -> None:
+        run_state_machine_as_test(machine, settings=HUNT)
+
+
+@pytest.mark.long
+class Hunt:
+    def test_the_machine_notices(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        MUTANTS[name](monkeypatch)
+        with pytest.raises(AssertionError):
+            run_state_machine_as_test(QuantumMachine, settings=HUNT)
+
+
+@pytest.mark.parametrize("name", sorted(MUTANTS)[0::2])
+class TestHuntOfTheOrder0(Hunt):
+    pass
+
+
+@pytest.mark.parametrize("name", sorted(MUTANTS)[1::2])
+class TestHuntOfTheOrder1(Hunt):
+    pass
