@@ -17,7 +17,16 @@ from gpumgr.core import quantum, queue, yielding
 from gpumgr.core.catalog import Catalog
 from gpumgr.core.lease import Lease
 from gpumgr.core.placement import View
-from gpumgr.core.quantum import FLOOR_SECONDS, GAPS_NEEDED, URGENT, WAITING_EACH, Quantum
+from gpumgr.core.quantum import (
+    FACTOR,
+    FLOOR_SECONDS,
+    GAPS_NEEDED,
+    LINGER_SHARE,
+    PATIENCE,
+    URGENT,
+    WAITING_EACH,
+    Quantum,
+)
 from gpumgr.core.queue import HEAD_START_SECONDS, Entry, Line, Priority, Queue, Stay, Turns
 from gpumgr.core.yielding import YieldRequest
 from gpumgr.runtime import state
@@ -27,6 +36,7 @@ from tests.core.test_mutants import HUNT, Mutant
 from tests.worlds import World, catalog, consumer
 
 FOREVER_SECONDS = 1e9
+MOMENTS = 12
 MUTANTS: dict[str, Mutant] = {}
 RARE: dict[str, tuple[Mutant, Callable[[], None]]] = {}
 
@@ -44,6 +54,15 @@ def rare(story: Callable[[], None]) -> Callable[[Mutant], Mutant]:
     return enter
 
 
+def one_that_usually_comes_back() -> World:
+    world = World(catalog(consumer("chat", 9000), consumer("paint", 14000)), totals_mib=[16000])
+    world.broker.state.queue._swap_seconds = lambda _leaving, _coming: FLOOR_SECONDS
+    for _ in range(GAPS_NEEDED + 1):
+        world.broker.release(world.grant("chat", loaded=True).token)
+        world.pass_time(0.1)
+    return world
+
+
 # -- turns --------------------------------------------------------------------------------------------------
 
 
@@ -57,7 +76,21 @@ def nobody_keeps_a_turn(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Quantum, "quantum_seconds_of", lambda _self, _round_trip, _times: 0.0)
 
 
-@mutant
+def one_waits_while_another_is_asked_for_again_and_again() -> None:
+    world = World(catalog(consumer("chat", 9000), consumer("paint", 14000)), totals_mib=[16000])
+    held, paint = world.grant("chat", loaded=True), world.ask("paint", wait_seconds=600)
+    for _ in range(MOMENTS):
+        chat = world.ask("chat", wait_seconds=600)
+        world.pass_time(FACTOR * FLOOR_SECONDS / MOMENTS)
+        world.broker.release(held.token)
+        world.prepare()
+        if isinstance(paint.answer, Lease):
+            return
+        held = chat.lease()
+    raise AssertionError("its turn never comes")
+
+
+@rare(one_waits_while_another_is_asked_for_again_and_again)
 def each_request_begins_a_turn_anew(patch: pytest.MonkeyPatch) -> None:
     real = queue.stays_after
 
@@ -87,7 +120,21 @@ def the_resident_overtakes_who_is_due(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(quantum, "in_order", in_order)
 
 
-@mutant
+def one_is_due_and_an_older_one_is_not() -> None:
+    costs = {"paint": 100.0, "voice": 1.0, "chat": 1.0}
+    some = (consumer("paint", 14000), consumer("voice", 9000), consumer("chat", 9000))
+    line = Queue(catalog(*some), Quantum(), lambda _from, to: costs[to])
+    line.enter("chat", 0.0)
+    (hold,) = line.begin(0.0)
+    hold.phase = queue.Phase.LIVE
+    for name in ("paint", "voice", "chat"):
+        line.enter(name, 0.0)
+    line.leave(hold.seq)
+    now = FLOOR_SECONDS * max(PATIENCE, 3 / WAITING_EACH)  # by what its own swap costs, which is little
+    assert [hold.consumer for hold in line.begin(now)] == ["chat"]
+
+
+@rare(one_is_due_and_an_older_one_is_not)
 def who_is_due_overtakes_whom_it_holds_up(patch: pytest.MonkeyPatch) -> None:
     """Rule 8, for whoever is due."""
     patch.setattr(quantum, "_held_up", lambda _entry, _behind, _catalog: False)
@@ -108,13 +155,21 @@ def the_youngest_of_a_consumer_is_next(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(quantum, "heads", heads)
 
 
-@mutant
+def one_waits_for_a_card_that_is_idle_and_nobody_comes() -> None:
+    world = one_that_usually_comes_back()
+    paint = world.ask("paint", wait_seconds=60)
+    assert world.begun() == [], "nobody lingers"
+    world.pass_time(LINGER_SHARE * 2 * FLOOR_SECONDS, watchdog=True)
+    assert world.begun() == [paint.ticket.seq], "nobody looks"
+
+
+@rare(one_waits_for_a_card_that_is_idle_and_nobody_comes)
 def nobody_looks_again(patch: pytest.MonkeyPatch) -> None:
     real = Quantum.turns
     patch.setattr(Quantum, "turns", lambda *asked: replace(real(*asked), look_again_at=None))
 
 
-@mutant
+@rare(one_waits_for_a_card_that_is_idle_and_nobody_comes)
 def somebody_looks_again_a_minute_late(patch: pytest.MonkeyPatch) -> None:
     real = Quantum.turns
 
@@ -135,11 +190,7 @@ def who_is_idle_lingers_until_others_are_due(patch: pytest.MonkeyPatch) -> None:
 
 
 def who_left_the_card_is_not_waited_for() -> None:
-    world = World(catalog(consumer("chat", 9000), consumer("paint", 14000)), totals_mib=[16000])
-    world.broker.state.queue._swap_seconds = lambda _leaving, _coming: FLOOR_SECONDS
-    for _ in range(GAPS_NEEDED + 1):  # it usually comes back at once
-        world.broker.release(world.grant("chat", loaded=True).token)
-        world.pass_time(0.1)
+    world = one_that_usually_comes_back()
     world.services["chat"].take(0)
     world.broker.observe_card()
     paint = world.ask("paint", wait_seconds=60)
@@ -194,7 +245,14 @@ def who_is_more_urgent_waits_for_a_whole_turn(patch: pytest.MonkeyPatch) -> None
     patch.setattr(quantum, "URGENT", FOREVER_SECONDS)
 
 
-@mutant
+def one_resumes_behind_the_one_it_made_way_for() -> None:
+    line = Queue(catalog(consumer("chat", 9000), consumer("paint", 14000)), Quantum())
+    first, to = line.enter("chat", 0.0), line.enter("paint", 1.0)
+    last, back = line.enter("chat", 2.0), line.enter("chat", 3.0, behind=to.seq)
+    assert line.waiting() == [first, to, back, last]
+
+
+@rare(one_resumes_behind_the_one_it_made_way_for)
 def who_resumes_is_ahead_of_everybody(patch: pytest.MonkeyPatch) -> None:
     real = Entry.__post_init__
 
@@ -206,7 +264,7 @@ def who_resumes_is_ahead_of_everybody(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Entry, "__post_init__", order)
 
 
-@mutant
+@rare(one_resumes_behind_the_one_it_made_way_for)
 def who_resumes_is_the_last_one(patch: pytest.MonkeyPatch) -> None:
     real = Queue.enter
     patch.setattr(Queue, "enter", lambda self, *asked, **how: real(self, *asked, **how | {"behind": None}))
