@@ -204,9 +204,11 @@ class Preparation:
                 return
             granted = isinstance(self._ticket.outcome, Lease | Call)
         if not granted:
-            self._undo_load()
+            uses, busy = self._undo_load()
             with self._state.lock:
                 self._state.abandon(self._ticket)
+                if busy:  # what it still takes stays promised
+                    self._state.note_busy(self._target.name, uses, busy, None)
 
     def _step(self) -> Step:
         with self._state.lock:
@@ -519,17 +521,23 @@ class Preparation:
                 cause=error,
             )
 
-    def _undo_load(self) -> None:
+    def _undo_load(self) -> tuple[int, bool]:
         """Its load was asked for and nobody gets it: the server may still be loading. The promise stands until the
         card shows it gone; where that cannot be had, or somebody else uses it, the next preparation meets it as a
-        resident."""
+        resident. Answers after how many uses it was asked, and whether it computes for somebody."""
+        with self._state.lock:
+            remembered = self._state.memory[self._target.name]
+            uses, asks = remembered.uses, remembered.reports_busy and not remembered.outlasted
+        if asks and ask_busy(self._state, self._target.name, self._dialect):
+            return uses, True
         reading = self._world.probe.read()
         with self._state.lock:
             if not self._state.may_undo_load(self._ticket):
-                return
+                return uses, False
             self._ticket.step = f"unloading {self._target.name} again"
             self._state.queue.take_out(self._target.name)
         self._unload([self._target.name], reading, {}, growing=True)
+        return uses, False
 
     # -- 5 --------------------------------------------------------------------------------------------------
 

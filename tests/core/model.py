@@ -30,6 +30,8 @@ MUTE = {"talk", "clip"}
 NAMES = sorted(SIZES)
 REPORTING = [name for name in NAMES if name not in MUTE]
 QUARANTINE_SECONDS = 30.0
+HEAD_START = 120.0
+MIN_HOLD_SECONDS = 10.0
 WORN_MIB = 768 + 64
 """Held beyond this, a consumer is certainly on the card."""
 
@@ -61,13 +63,22 @@ class Wanted:
     key: RequestKey | None
     eager: bool
     proxied: bool = False
-    counts_from: float = 0.0
-    """When it came, less the head start of its class."""
-    resumes: bool = False
+    arrived_at: float = 0.0
+    rank: int = 1
+    """0 is the most urgent."""
+    behind: Wanted | None = None
+    """The one that it made way for before, and comes back behind."""
     callers: list[Caller] = field(default_factory=list)
     turn_at: float | None = None
     over: bool = False
     """Answered, or abandoned by its last caller."""
+
+    @property
+    def order(self) -> tuple[float, int, int]:
+        """The smallest is ahead of all others: who came first, with the head start of its class."""
+        if self.behind is not None:
+            return (*self.behind.order[:2], self.seq)
+        return (self.arrived_at + HEAD_START * self.rank, self.seq, 0)
 
     @property
     def deadline(self) -> float:
@@ -84,6 +95,7 @@ class Held:
     expires_at: float
     key: RequestKey | None
     fence: int
+    since: float = 0.0
     written_ttl: float = 0.0
     """What a restart gives it."""
     ended: str | None = None

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 
 from gpumgr.core.card import Reading
 from gpumgr.core.lease import Call, Lease, RequestKey
-from gpumgr.core.quantum import FACTOR, FLOOR_SECONDS
+from gpumgr.core.quantum import FACTOR, FLOOR_SECONDS, LINGER_SHARE, PATIENCE
 from gpumgr.core.queue import Priority, WaitingFor
 from gpumgr.errors import (
     ConsumerUnhealthy,
@@ -53,6 +53,7 @@ from tests.core.model import (
     BESIDE,
     GPUS,
     MAX_PREPARE,
+    MIN_HOLD_SECONDS,
     MUTE,
     NAMES,
     QUARANTINE_SECONDS,
@@ -70,7 +71,6 @@ from tests.core.model import (
 )
 from tests.worlds import HEADROOM_MIB, Caller, HadIt, Service, World, catalog, consumer, request
 
-HEAD_START = 120.0
 KEEP_UP = st.sampled_from([True, True, False])
 PICK = st.integers(0, 99)
 
@@ -248,6 +248,7 @@ class BrokerMachine(RuleBasedStateMachine):
         *,
         priority: Priority = Priority.NORMAL,
         resume_of: str | None = None,
+        behind: Wanted | None = None,
     ) -> None:
         expected = self.expected_of(key, name)
         self.notice_expiry()
@@ -262,9 +263,10 @@ class BrokerMachine(RuleBasedStateMachine):
             assert answer.ticket.seq == expected.seq, "one request, two places in the line"
         else:
             clamped = 120.0 if ttl is None else min(max(ttl, 10.0), 600.0)
-            counts_from = self.now + HEAD_START * list(Priority).index(priority)
-            resumes = answer.ticket.resumes is not None
-            self.enter(Wanted(answer.ticket.seq, name, clamped, key, eager, counts_from=counts_from, resumes=resumes))
+            behind = None if answer.ticket.resumes is None else behind
+            rank = list(Priority).index(priority)
+            seq = answer.ticket.seq
+            self.enter(Wanted(seq, name, clamped, key, eager, arrived_at=self.now, rank=rank, behind=behind))
         self.join(answer, wait)
 
     def ask_call(self, name: str, wait: float, eager: bool) -> None:
@@ -277,8 +279,7 @@ class BrokerMachine(RuleBasedStateMachine):
             return
         assert not self.kept_free(), "let in while the card is kept free"
         self.follow()
-        counts_from = self.now + HEAD_START
-        self.enter(Wanted(caller.ticket.seq, name, 0.0, None, eager, proxied=True, counts_from=counts_from))
+        self.enter(Wanted(caller.ticket.seq, name, 0.0, None, eager, proxied=True, arrived_at=self.now))
         self.join(caller, wait)
 
     def enter(self, wanted: Wanted) -> None:
@@ -302,6 +303,9 @@ class BrokerMachine(RuleBasedStateMachine):
             return "mismatch"
         except RequestEnded as ended:
             return str(ended.details["reason"])
+
+    def restarted(self) -> None:
+        """Its next life has begun."""
 
     def expected_of(self, key: RequestKey | None, name: str) -> Wanted | Held | str | None:
         """What the id leads to: a waiting request, a lease, why it is over, a mismatch, or None: it is new. A new one
@@ -591,6 +595,7 @@ class BrokerMachine(RuleBasedStateMachine):
             self.quarantined[name] = self.now + QUARANTINE_SECONDS
         self.free_for_at_most = math.inf  # the next life has the wall clock alone
         self.world.restart(reboot=reboot)
+        self.restarted()
         self.quarantined = {name: until for name, until in self.quarantined.items() if self.says_busy(name)}
         self.follow()
         self.let_threads_run(keep_up)
@@ -791,10 +796,6 @@ class BrokerMachine(RuleBasedStateMachine):
         for other in holding:
             assert not excludes(name, other), f"{name} beside {other}"
         assert holding.count(name) < AT_ONCE.get(name, 1), f"too many for {name}"
-        for ahead in self.waiting():
-            if ahead.seq < wanted.seq:
-                assert not self.overtaken(wanted, ahead), f"{name} overtook {ahead.name}"
-
         fits = all(self.missing(name, gpu) <= shown[gpu] for gpu in SIZES[name])
         if isinstance(granted, Lease):
             self.leased_out(wanted, granted, fits)
@@ -824,7 +825,8 @@ class BrokerMachine(RuleBasedStateMachine):
         assert abs(lease.granted_at - self.now) < 1e-9
         assert abs(lease.expires_at - (self.now + wanted.ttl)) < 1e-9
         expires_at = self.now + wanted.ttl
-        self.held.append(Held(lease.token, name, wanted.ttl, expires_at, wanted.key, lease.fence, wanted.ttl))
+        held = Held(lease.token, name, wanted.ttl, expires_at, wanted.key, lease.fence, self.now, wanted.ttl)
+        self.held.append(held)
 
     def let_go_ahead(self, wanted: Wanted, call: Call, fits: bool, warned: str | None) -> None:
         """What a lease would have been refused for it is only warned of, beside no lease."""
@@ -934,15 +936,19 @@ class BrokerMachine(RuleBasedStateMachine):
                 continue
             if wanted.turn_at is None and wanted.seq in holds:
                 for other in self.waiting():
-                    if other.seq < wanted.seq:
+                    if other is not wanted and other.seq not in holds:
                         assert not self.overtaken(wanted, other), f"{wanted.name} overtook {other.name}"
                 wanted.turn_at = self.now
+                self.note_turn(wanted.name)
             if not any(caller.waits for caller in wanted.callers):
                 wanted.over = True
 
     def overtaken(self, wanted: Wanted, other: Wanted) -> bool:
         """Whether this was not this one's turn, as the other came earlier."""
-        return conflicts(wanted.name, other.name)
+        return other.seq < wanted.seq and conflicts(wanted.name, other.name)
+
+    def note_turn(self, name: str) -> None:
+        """Somebody has the turn with it."""
 
     def notice_expiry(self) -> None:
         """Whoever still computes for one that has expired is in quarantine, if nobody else holds it."""
@@ -1096,7 +1102,15 @@ class QuantumMachine(BrokerMachine):
 
     policy = "quantum"
     LONGEST_WAIT = FACTOR * FLOOR_SECONDS
-    """Of anybody for a quantum: no swap is known here, and a swap there and back counts as so long."""
+    """Of anybody for a quantum: a swap there and back counts as so long here, whether it is known or not."""
+    LONGEST_LINGER = LINGER_SHARE * FLOOR_SECONDS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = False
+        self.turns: dict[str, float] = {}
+        """Who stays on the card, and since when its turn goes on."""
+        self.look_into_the_queue()
 
     @precondition(lambda self: self.again_at() is not None)
     @rule(early=st.sampled_from([0.0, 0.001]), watchdog_ran=st.booleans(), keep_up=KEEP_UP)
@@ -1112,10 +1126,55 @@ class QuantumMachine(BrokerMachine):
     def again_at(self) -> float | None:
         return self.world.broker.state.queue.look_again_at
 
+    @initialize(known=st.booleans())
+    def swaps(self, known: bool) -> None:
+        """``known``: what they cost; else nobody lingers."""
+        self.known = known
+        self.look_into_the_queue()
+
+    def look_into_the_queue(self) -> None:
+        """Of each life. Who is sent away or leaves the card is a fact, not a decision of the order."""
+        queue = self.world.broker.state.queue
+        end_stay = queue.end_stay
+
+        def noted(name: str) -> None:
+            end_stay(name)
+            self.turns.pop(name, None)
+
+        queue.end_stay = noted  # type: ignore[method-assign, assignment]
+        if self.known:
+            queue._swap_seconds = lambda _leaving, _coming: FLOOR_SECONDS / 2
+        self.turns = dict.fromkeys(self.holding(), self.now)
+
+    def restarted(self) -> None:
+        self.look_into_the_queue()
+
+    def note_turn(self, name: str) -> None:
+        """Whom it excludes is sent away for it; whom it joins it shares the turn with."""
+        self.turns = {other: since for other, since in self.turns.items() if not excludes(name, other)}
+        beside = [since for other, since in self.turns.items() if share_gpu(name, other)]
+        self.turns.setdefault(name, min(beside, default=self.now))
+
     def overtaken(self, wanted: Wanted, other: Wanted) -> bool:
-        """Of one consumer and class it is still first come, first served."""
-        later = wanted.counts_from >= other.counts_from and not wanted.resumes
-        return wanted.name == other.name and later
+        ahead = other.order < wanted.order
+        if wanted.name == other.name:
+            return ahead
+        if not excludes(wanted.name, other.name):
+            return False
+        if any(excludes(wanted.name, resident) for resident in self.turns):
+            return ahead or (other.name in self.turns and self.was_impatient(wanted, other))
+        return ahead and self.was_due(other)
+
+    def was_due(self, other: Wanted) -> bool:
+        """Whether nobody goes ahead any more of this one, who waits for the end of a turn, and for nobody before it."""
+        before = [each for each in self.waiting() if each.order < other.order and conflicts(each.name, other.name)]
+        turns = [since for resident, since in self.turns.items() if excludes(resident, other.name)]
+        return not before and self.now > max([other.arrived_at, *turns]) + self.LONGEST_WAIT + 1e-6
+
+    def was_impatient(self, wanted: Wanted, other: Wanted) -> bool:
+        """Whether this one has sent the other one's consumer away, which is asked for, before it waited for long."""
+        residents = [each.rank for each in self.waiting() if each.name == other.name]
+        return wanted.rank >= max(residents) and self.now < wanted.arrived_at + PATIENCE * FLOOR_SECONDS - 1e-6
 
     @rule(
         name=st.sampled_from(NAMES),
@@ -1130,27 +1189,26 @@ class QuantumMachine(BrokerMachine):
     @precondition(lambda self: any(held.alive(self.now) for held in self.held))
     @rule(pick=PICK, at_once=st.booleans(), keep_up=KEEP_UP)
     def make_way(self, pick: int, at_once: bool, keep_up: bool) -> None:
-        """Where its holder is asked to, with all who are asked for the same one's sake, as far as that takes them. It
-        comes back, when the other one has it or before."""
+        """Where its holder is asked to, and comes back, when the other one has it or before."""
         alive = [held for held in self.held if held.alive(self.now)]
         held = alive[pick % len(alive)]
-        to = self.asked_to_yield_to(held)
+        wish = self.world.broker.state.wish(self.world.broker.lease(held.token))
+        assert wish is None or self.now >= held.since + MIN_HOLD_SECONDS, "asked to yield before it was of use"
         lease_id = self.world.broker.lease(held.token).lease_id
-        if to is not None:
-            assert to in [wanted.seq for wanted in self.waiting()], "asked to yield to nobody who waits"
-            others = [other for other in alive if other is not held and self.asked_to_yield_to(other) == to]
-            for each in [held, *others]:
-                if to not in self.world.broker.state.queue.holds:
-                    self.end_lease(each, goes_on=False)
-            assert to in self.world.broker.state.queue.holds, "they made way, and the other one does not go"
+        if wish is not None:
+            assert wish.seq in [wanted.seq for wanted in self.waiting()], "asked to yield to nobody who waits"
+            self.end_lease(held, goes_on=False)
+            goes = wish.seq in self.world.broker.state.queue.holds
+            assert goes or wish.seq in self.asked_for(), "it made way, and the other one does not go"
             self.let_threads_run(not at_once)
-            self.ask(held.name, held.ttl, 120, None, True, resume_of=lease_id)
+            self.ask(held.name, held.ttl, 120, None, True, resume_of=lease_id, behind=self.wanted[wish.seq])
         self.let_threads_run(keep_up)
 
-    def asked_to_yield_to(self, held: Held) -> int | None:
-        """The number of that request."""
-        wish = self.world.broker.state.wish(self.world.broker.lease(held.token))
-        return None if wish is None else wish.seq
+    def asked_for(self) -> list[int]:
+        """For whose sake holders are asked to make way."""
+        broker = self.world.broker
+        wishes = [broker.state.wish(broker.lease(held.token)) for held in self.held if held.alive(self.now)]
+        return [wish.seq for wish in wishes if wish is not None]
 
     @invariant()
     def nobody_who_may_go_is_left_waiting(self) -> None:
@@ -1164,6 +1222,10 @@ class QuantumMachine(BrokerMachine):
         assert state.queue.begin(self.now) == [], "a wake-up was lost"
         again_at = self.again_at()
         assert again_at is None or self.now < again_at <= self.now + self.LONGEST_WAIT
+        if self.waiting() and not self.holding():
+            assert again_at is None or again_at <= self.now + self.LONGEST_LINGER, (
+                "an idle card, for longer than it saves"
+            )
         ahead, taken = self.holding(), {gpu for w in self.preparing() for gpu in SIZES[w.name]}
         for wanted in self.waiting():
             beside = any(conflicts(wanted.name, other.name) for other in self.waiting() if other is not wanted)

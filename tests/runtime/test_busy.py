@@ -59,6 +59,26 @@ def test_direct_use_is_not_thrown_out_and_named_when_time_runs_out() -> None:
     assert w.services["paint"].asked_to_unload == 0
 
 
+@pytest.mark.parametrize("computing", [True, BackendError("hung", "no answer in time")])
+def test_direct_use_outlives_a_load_that_failed(computing: bool | BackendError) -> None:
+    """Its own load is undone, and not what somebody else does there; and what that still takes stays promised."""
+    w = World(catalog(consumer("paint", 14000)), loads=["paint"])
+    service = w.services["paint"]
+
+    def load() -> None:
+        raise BackendError("failed", "CUDA out of memory")
+
+    service.load = load  # type: ignore[method-assign]
+    service.computing = computing
+    assert w.refusal("paint").code == "consumer_unhealthy"
+    assert service.asked_to_unload == 0
+    assert shown(w, "paint") == "direct"
+    service.computing = False
+    w.prepare()
+    assert w.refusal("paint").code == "consumer_unhealthy"
+    assert service.asked_to_unload == 1
+
+
 def test_while_somebody_holds_it_nobody_asks_whether_it_is_busy() -> None:
     w = world()
     w.services["paint"].computing = True

@@ -21,13 +21,22 @@ also before a renew that was answered late. All consumers of a run conflict, on 
     R11  nobody is granted who hung up, alone, a second before: a ghost
     R12  with a quantum, who is overtaken is so by one turn of another consumer, and by nobody who is granted later than
          a quantum from when both had begun, the turn and the wait
+    R13  with a quantum, nobody waits for longer than core/quantum.py promises: for the holds of all who came before,
+         with a swap for each, for its own swap, and once for each other consumer for its longest quantum and the hold
+         that runs when that is over
+
+R13 counts what of a wait was spent on others than those who came before: their holds, and the time before each of
+them in which nobody held. What passes before the grant of one who came before is its swap, up to ``SWAP_NS``; beyond
+that it counts as well, so that an idle card does. Not counted is the time of faults, in which a stopped broker can end
+no turn. Whoever was refused in the end has waited too.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from tests.torture.history import MILLISECOND, SECOND, Call, Event, Fault, Run
@@ -41,6 +50,8 @@ ARRIVAL_NS = 300 * MILLISECOND
 GHOST_NS = SECOND
 TURN_NS = 300 * MILLISECOND
 """From a turn to its grant, where nobody has to be sent away."""
+SWAP_NS = 600 * MILLISECOND
+"""Unload, proof and commit take a tenth of that; but a victim that computes is asked again after half a second."""
 FOREVER_NS = 1 << 62
 
 
@@ -402,6 +413,116 @@ def _overtaken(
         if over_ns > TURN_NS:
             late_ms = over_ns / MILLISECOND
             yield f"{event.lease_id} was overtaken by {other.lease_id} {late_ms:.0f} ms after the quantum was over"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A grant on the card's own line of time."""
+
+    row: Event
+    from_ns: int
+    until_ns: int
+    asked_ns: int
+
+    @property
+    def arrival(self) -> int:
+        return int(self.row.facts["arrival"])
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """``row``: of its grant; None: it was refused for want of time. From when it certainly had its number."""
+
+    who: str
+    from_ns: int
+    until_ns: int
+    row: Event | None
+
+    def is_behind(self, other: Served) -> bool:
+        """Whether the other one is ahead of it, or may be."""
+        if self.row is None:
+            return other.asked_ns <= self.from_ns
+        return other.row.life != self.row.life or other.arrival < int(self.row.facts["arrival"])
+
+
+@rule("R13")
+def nobody_waits_beyond_the_bound(run: Run) -> Iterator[str]:
+    if run.quantum_ns is None:
+        return
+    card, left = _card(run), sorted(call.ok_ns for call in run.calls if call.error in ("hung_up", "scheduler_timeout"))
+    faults = list(_apart(replace(fault, ok_ns=fault.ok_ns + ARRIVAL_NS) for fault in run.faults))
+    for wait in _waits(run):
+        spent_ns, allowed_ns = _beyond_who_is_ahead(wait, card, left, faults, run.quantum_ns)
+        if spent_ns > allowed_ns:
+            yield (
+                f"{wait.who} waited for {spent_ns / MILLISECOND:.0f} ms beyond those who are ahead of it, and "
+                f"{allowed_ns / MILLISECOND:.0f} ms is the most"
+            )
+
+
+def _card(run: Run) -> list[Served]:
+    """Everybody who was served, in order of time."""
+    ended = {event.lease_id: event.at_ns for event in run.ends()}
+    asked = asked_ns(run)
+    found = []
+    for row in run.grants():
+        from_ns = stamp_ns(row, "granted_boot")
+        if from_ns is not None and "arrival" in row.facts:
+            asked_at_ns = asked.get(str(row.facts.get("request_id")), from_ns)
+            found.append(Served(row, from_ns, ended.get(row.lease_id, FOREVER_NS), asked_at_ns))
+    return sorted(found, key=lambda served: served.from_ns)
+
+
+def _waits(run: Run) -> Iterator[Wait]:
+    rows = grant_rows(run)
+    for call in granted(run):
+        row = rows.get(str(call.lease_id))
+        until_ns = None if row is None else stamp_ns(row, "granted_boot")
+        if row is not None and until_ns is not None and "arrival" in row.facts:
+            yield Wait(str(call.lease_id), arrived_ns(call, run.faults), until_ns, row)
+    for call in run.calls:
+        if call.op == "acquire" and call.error == "scheduler_timeout" and not _disturbed(call, run.faults):
+            yield Wait(str(call.request_id), call.sent_ns + ARRIVAL_NS, call.ok_ns, None)
+
+
+def _apart(faults: Iterable[Fault]) -> Iterator[Fault]:
+    """The same time, none of it twice."""
+    over_ns = 0
+    for fault in sorted(faults, key=lambda fault: fault.inv_ns):
+        if fault.ok_ns > over_ns:
+            yield replace(fault, inv_ns=max(fault.inv_ns, over_ns))
+            over_ns = fault.ok_ns
+
+
+def _beyond_who_is_ahead(
+    wait: Wait, card: Sequence[Served], left: Sequence[int], faults: Sequence[Fault], quantum_ns: int
+) -> tuple[int, int]:
+    """What of a wait was spent on others than those who are ahead, and how much may be."""
+    spent_ns, longest_ns = 0, 0
+    others: set[str | None] = set()
+    at_ns = wait.from_ns
+    for other in card[bisect_left(card, wait.from_ns, key=lambda served: served.from_ns) - 1 :] if card else []:
+        if other.from_ns >= wait.until_ns or (wait.row is not None and other.row.lease_id == wait.row.lease_id):
+            break
+        if other.until_ns <= at_ns:
+            continue
+        from_ns, until_ns = max(at_ns, other.from_ns), min(other.until_ns, wait.until_ns)
+        before_ns = awake_ns(at_ns, from_ns, faults)
+        if wait.is_behind(other):
+            spent_ns += max(0, before_ns - _swaps_ns(at_ns, from_ns, left))
+        else:
+            its_ns = before_ns + awake_ns(from_ns, until_ns, faults)
+            spent_ns, longest_ns = spent_ns + its_ns, max(longest_ns, its_ns)
+            others.add(other.row.consumer)
+        at_ns = until_ns
+    until_ns = max(at_ns, wait.until_ns)
+    spent_ns += max(0, awake_ns(at_ns, until_ns, faults) - _swaps_ns(at_ns, until_ns, left))
+    return spent_ns, max(1, len(others)) * (quantum_ns + longest_ns) + TURN_NS
+
+
+def _swaps_ns(from_ns: int, until_ns: int, left: Sequence[int]) -> int:
+    """What the swaps before one grant may take: its own, and those of whoever left in the middle of theirs."""
+    return SWAP_NS * (1 + bisect_left(left, until_ns) - bisect_left(left, from_ns))
 
 
 def awake_ns(from_ns: int, until_ns: int, faults: Iterable[Fault]) -> int:

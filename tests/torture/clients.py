@@ -43,6 +43,8 @@ class Manners:
     works: float = 0.2
     raises_ttl: float = 0.2
     short_waits: float = 0.05
+    loyal: float = 0.0
+    """Of a caller's requests those for one and the same consumer; the others are for any."""
     wait_seconds: float = 20
     ttl_seconds: tuple[float, ...] = (1, 1, 1.4)
     raised_ttl_seconds: float = 2.5
@@ -165,8 +167,9 @@ class Client:
 
     def _asked(self, request_id: str) -> dict[str, Any]:
         short = self._draw.random() < self._manners.short_waits
+        loyal = self._draw.random() < self._manners.loyal
         return {
-            "consumer": self._draw.choice(CONSUMERS),
+            "consumer": CONSUMERS[self._number % len(CONSUMERS)] if loyal else self._draw.choice(CONSUMERS),
             "ttl_seconds": self._draw.choice(self._manners.ttl_seconds),
             "wait_seconds": self._draw.uniform(0.05, 1.0) if short else self._manners.wait_seconds,
             "holder": f"client-{self._number}",

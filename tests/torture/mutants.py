@@ -33,6 +33,8 @@ from tests.torture.plan import QUANTUM_SECONDS, Plan
 ENV = "GPUMGR_TORTURE_MUTANT"
 LATE_SECONDS = 0.3
 QUIET = Moods(every_seconds=(3.0, 5.0))
+PAUSES = Moods(every_seconds=(3.0, 5.0), weights=(0.0, 0.0, 0.0, 1.0, 0.0))
+LOYAL = Manners(loyal=1.0)
 CALM = Moods(every_seconds=(9.0, 12.0))
 KILLS = Moods(every_seconds=(0.4, 1.0), weights=(0.3, 0.2, 0.5, 0.0, 0.0))
 
@@ -141,6 +143,25 @@ def last_come_of_a_consumer_first_served() -> None:
 def endless_turn() -> None:
     """Whoever is on the card keeps its turn for as long as somebody asks for it."""
     _put(quantum.Quantum, "quantum_seconds_of", lambda _self, _round_trip, _times: 1e9)
+
+
+@mutant("R13", manners=LOYAL, moods=PAUSES, quantum_seconds=QUANTUM_SECONDS)
+def turn_that_each_request_begins_anew() -> None:
+    """The turn of who is on the card is counted from its last request: for as long as somebody asks for it again."""
+    after = queue.stays_after
+
+    def stays_after(stays: Any, line: Any, holds: Any, catalog: Catalog, now: float) -> Any:
+        some = list(holds)
+        found = after(stays, line, some, catalog, now)
+        return found | {hold.consumer: replace(found[hold.consumer], since=now) for hold in some}
+
+    _put(queue, "stays_after", stays_after)
+
+
+@mutant("R13", manners=LOYAL, moods=PAUSES, quantum_seconds=QUANTUM_SECONDS)
+def turn_ten_times_as_long() -> None:
+    of = quantum.Quantum.quantum_seconds_of
+    _put(quantum.Quantum, "quantum_seconds_of", lambda *asked: 10 * of(*asked))
 
 
 @mutant("R1", "R5", manners=Manners(crashes=0.2), moods=QUIET)
