@@ -964,6 +964,7 @@ class BrokerMachine(RuleBasedStateMachine):
     def note_unload(self, name: str) -> None:
         """Called on the unload's own thread, where an assertion would be lost."""
         self.unasked.discard(name)
+        self.tails.discard(name)  # one that computes for too long is unloaded too, and is promised nothing more
         needed = SIZES[self.stepping[-1].name].keys() if self.stepping else SIZES[name].keys()
         for gpu in SIZES[name]:
             if gpu in needed and gpu not in self.unseen:
@@ -1189,7 +1190,8 @@ class QuantumMachine(BrokerMachine):
     @precondition(lambda self: any(held.alive(self.now) for held in self.held))
     @rule(pick=PICK, at_once=st.booleans(), keep_up=KEEP_UP)
     def make_way(self, pick: int, at_once: bool, keep_up: bool) -> None:
-        """Where its holder is asked to, and comes back, when the other one has it or before."""
+        """Where its holder is asked to, with all who are asked for the same one's sake, as far as that takes them. It
+        comes back, when the other one has it or before."""
         alive = [held for held in self.held if held.alive(self.now)]
         held = alive[pick % len(alive)]
         wish = self.world.broker.state.wish(self.world.broker.lease(held.token))
@@ -1197,18 +1199,18 @@ class QuantumMachine(BrokerMachine):
         lease_id = self.world.broker.lease(held.token).lease_id
         if wish is not None:
             assert wish.seq in [wanted.seq for wanted in self.waiting()], "asked to yield to nobody who waits"
-            self.end_lease(held, goes_on=False)
-            goes = wish.seq in self.world.broker.state.queue.holds
-            assert goes or wish.seq in self.asked_for(), "it made way, and the other one does not go"
+            for each in [held, *(other for other in alive if other is not held and self.asked_for(other) == wish.seq)]:
+                if wish.seq not in self.world.broker.state.queue.holds:
+                    self.end_lease(each, goes_on=False)
+            assert wish.seq in self.world.broker.state.queue.holds, "they made way, and the other one does not go"
             self.let_threads_run(not at_once)
             self.ask(held.name, held.ttl, 120, None, True, resume_of=lease_id, behind=self.wanted[wish.seq])
         self.let_threads_run(keep_up)
 
-    def asked_for(self) -> list[int]:
-        """For whose sake holders are asked to make way."""
-        broker = self.world.broker
-        wishes = [broker.state.wish(broker.lease(held.token)) for held in self.held if held.alive(self.now)]
-        return [wish.seq for wish in wishes if wish is not None]
+    def asked_for(self, held: Held) -> int | None:
+        """For whose sake its holder is asked to make way."""
+        wish = self.world.broker.state.wish(self.world.broker.lease(held.token))
+        return None if wish is None else wish.seq
 
     @invariant()
     def nobody_who_may_go_is_left_waiting(self) -> None:

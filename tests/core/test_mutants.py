@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.errors import FlakyFailure
 from hypothesis.stateful import run_state_machine_as_test
 
 from gpumgr.config import LeaseSettings
@@ -746,15 +747,25 @@ def test_its_story_notices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         STORIES[name]()
 
 
+def notices(machine: type[BrokerMachine]) -> bool:
+    """By an AssertionError: a mutant that merely crashes the broker was not noticed by the model. Also by one that does
+    not come again, as unloads have threads of their own."""
+    try:
+        run_state_machine_as_test(machine, settings=HUNT)
+    except AssertionError:
+        return True
+    except FlakyFailure as group:
+        return group.subgroup(AssertionError) is not None
+    return False
+
+
 @pytest.mark.long
 class Hunt:
     """How long one takes is luck; a class is what the suite gives to one process."""
 
     def test_the_machine_notices(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         MUTANTS[name](monkeypatch)
-        # AssertionError alone: a mutant that merely crashes the broker was not noticed by the model.
-        with pytest.raises(AssertionError):
-            run_state_machine_as_test(BrokerMachine, settings=HUNT)
+        assert notices(BrokerMachine)
 
 
 @pytest.mark.parametrize("name", sorted(MUTANTS)[0::4])
