@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis.stateful import run_state_machine_as_test
 
 from gpumgr.core import quantum, queue, yielding
 from gpumgr.core.catalog import Catalog
@@ -34,8 +33,8 @@ from gpumgr.runtime import state
 from gpumgr.runtime.state import State
 from tests.core import test_quantum, test_queue, test_sharing, test_yielding
 from tests.core.model import MIN_HOLD_SECONDS
-from tests.core.test_machine import BrokerMachine, QuantumMachine
-from tests.core.test_mutants import HUNT, Mutant, notices
+from tests.core.test_machine import QuantumMachine
+from tests.core.test_mutants import Mutant, notices
 from tests.runtime import test_order
 from tests.worlds import World, catalog, consumer
 
@@ -453,15 +452,6 @@ def test_its_story_notices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
     with pytest.raises(AssertionError):
         story()
-
-
-@pytest.mark.long
-class TestHuntOfNothing:
-    """Were anything wrong without a mutant, each hunt would end with that, and show nothing."""
-
-    @pytest.mark.parametrize("machine", [BrokerMachine, QuantumMachine])
-    def test_it_finds_nothing(self, machine: type[BrokerMachine]) -> None:
-        run_state_machine_as_test(machine, settings=HUNT)
 
 
 @pytest.mark.long
