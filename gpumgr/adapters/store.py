@@ -39,6 +39,7 @@ from gpumgr.core import ledger
 from gpumgr.core.catalog import GpuRef
 from gpumgr.core.lease import EndReason, HolderProcess, Lease, LeaseBook, RequestKey
 from gpumgr.core.ledger import Account, Entry, Observation, Tally, Unloaded
+from gpumgr.core.queue import Priority
 from gpumgr.runtime.ports import Clock, Kept, KeptLease, Paused, StoreError, Total
 
 log = logging.getLogger(__name__)
@@ -89,12 +90,13 @@ CREATE TABLE tally (
     returned_mib INTEGER NOT NULL, seconds REAL NOT NULL, observations INTEGER NOT NULL
 ) WITHOUT ROWID;
 """
-VERSION = 2
+_PRIORITY = "ALTER TABLE lease ADD COLUMN priority TEXT NOT NULL DEFAULT 'normal';"
+VERSION = 3
 
 
 def _steps() -> tuple[str, ...]:
     """What each version added to the one before it."""
-    return _SCHEMA, _LEDGER
+    return _SCHEMA, _LEDGER, _PRIORITY
 
 
 _HOLDER_PROCESS = """
@@ -289,7 +291,8 @@ class SqliteStore:
             written_ttl_seconds=row["ttl_seconds"],
             process=process,
         )
-        return KeptLease(lease, tuple(json.loads(row["sizes_mib"])), quarantined=bool(row["quarantined"]))
+        sizes_mib, priority = tuple(json.loads(row["sizes_mib"])), Priority(row["priority"])
+        return KeptLease(lease, sizes_mib, quarantined=bool(row["quarantined"]), priority=priority)
 
     @staticmethod
     def _pause(connection: sqlite3.Connection, today: datetime) -> Paused | None:
@@ -342,7 +345,7 @@ class SqliteStore:
             *((None, None) if request is None else (request.bearer, request.request_id)),
             *(json.dumps(list(each)) for each in (lease.gpus, lease.gpu_uuids, kept.sizes_mib)),
             *(lease.ttl_seconds, self._clock.utc().isoformat(), self._clock.monotonic() + self._clock.slept()),
-            *(self._boot, self.life, "live", None, 0),
+            *(self._boot, self.life, "live", None, 0, kept.priority.value),
         )
         writes = [
             _Write(f"INSERT INTO lease VALUES ({', '.join('?' * len(values))})", values),  # noqa: S608 - question marks

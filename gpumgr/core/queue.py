@@ -382,7 +382,7 @@ class Queue:
         if consumer in self.stays:
             self.stays[consumer] = replace(self.stays[consumer], since=None)
 
-    def restore(self, consumer: str, phase: Phase, priority: Priority = Priority.NORMAL) -> Hold:
+    def restore(self, consumer: str, phase: Phase, priority: Priority) -> Hold:
         """A holder of an earlier life of the broker."""
         return self._hold(Entry(self.number(), consumer, priority=priority), phase)
 

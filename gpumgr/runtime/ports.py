@@ -15,6 +15,7 @@ from gpumgr.core.following import Work
 from gpumgr.core.lease import EndReason, HolderProcess, Lease, RequestKey
 from gpumgr.core.ledger import Account, Entry
 from gpumgr.core.placement import Report
+from gpumgr.core.queue import Priority
 
 
 class Clock(Protocol):
@@ -145,6 +146,7 @@ class KeptLease:
     lease: Lease
     sizes_mib: tuple[int, ...]
     quarantined: bool = False
+    priority: Priority = Priority.NORMAL
 
 
 @dataclass(frozen=True, slots=True)

@@ -582,7 +582,7 @@ class Preparation:
         with state.lock:
             self._waited = state.waited(ticket)
             lease = self._lease(state.leases.next_fence())
-            kept = KeptLease(lease, self._target.vram_resident_mib)
+            kept = KeptLease(lease, self._target.vram_resident_mib, priority=ticket.entry.priority)
             event = state.event("grant", lease.consumer, **self._grant_facts(lease), **self._stamps(lease))
             state.count_request(lease.consumer)
             totals = state.take_totals()

@@ -253,7 +253,8 @@ class State:
 
     def _restore_lease(self, kept: KeptLease, now: float) -> None:
         lease = kept.lease
-        hold = self.queue.restore(lease.consumer, Phase.QUARANTINE if kept.quarantined else Phase.LIVE)
+        phase = Phase.QUARANTINE if kept.quarantined else Phase.LIVE
+        hold = self.queue.restore(lease.consumer, phase, kept.priority)
         self.granted_at[hold.seq] = min(lease.granted_at, now)
         self.memory[lease.consumer].uses += 1
         self.memory[lease.consumer].used_since_unload = True

@@ -18,6 +18,7 @@ from gpumgr.adapters import store as stores
 from gpumgr.adapters.store import EVENTS_KEPT, LONGEST_FACTS, SqliteStore, Unusable, examine
 from gpumgr.core.lease import EndReason, Lease, RequestKey
 from gpumgr.core.ledger import KEPT, Account, Observation, Unloaded
+from gpumgr.core.queue import Priority
 from gpumgr.runtime.ports import KeptLease, StoreError, Total
 from tests.worlds import ManualClock
 
@@ -87,7 +88,8 @@ def test_a_live_lease_is_there_again_with_everything(disk: Disk) -> None:
     store.open()
     key = RequestKey("ops", "imagen", "r1")
     lease = granted(disk, store, request=key, gpus=(0, "GPU-x"), gpu_uuids=("GPU-0", None))
-    store.granted(replace(disk.kept(), sizes_mib=(9000,)), disk.event(), {"comfyui": Total(2, 1, disk.clock.utc())})
+    urgent = replace(disk.kept(), sizes_mib=(9000,), priority=Priority.INTERACTIVE)
+    store.granted(urgent, disk.event(), {"comfyui": Total(2, 1, disk.clock.utc())})
     disk.clock.now += 10
     kept = disk.life().open()
     assert kept.fence == 2
@@ -96,7 +98,10 @@ def test_a_live_lease_is_there_again_with_everything(disk: Disk) -> None:
     assert replace(again, seq=lease.seq, granted_at=lease.granted_at, expires_at=lease.expires_at) == replace(
         lease, written_ttl_seconds=TTL
     )
-    assert [each.sizes_mib for each in kept.leases] == [(14000,), (9000,)]
+    assert [(each.sizes_mib, each.priority) for each in kept.leases] == [
+        ((14000,), Priority.NORMAL),
+        ((9000,), Priority.INTERACTIVE),
+    ]
     assert kept.totals == {"comfyui": Total(2, 1, disk.clock.utc() - timedelta(seconds=10))}
     assert [event["lease_id"] for event in kept.events if "lease_id" in event] == ["lease-1"]
 
@@ -273,10 +278,11 @@ def test_a_newer_one_s_file_is_refused_and_left_as_it_is(disk: Disk) -> None:
     assert disk.file.read_bytes() == before
 
 
-def test_a_file_of_the_version_before_is_brought_up_with_all_that_is_in_it(disk: Disk) -> None:
+@pytest.mark.parametrize("version", range(1, stores.VERSION))
+def test_a_file_of_an_earlier_version_is_brought_up_with_all_that_is_in_it(disk: Disk, version: int) -> None:
     lease = disk.kept().lease
     with closing(sqlite3.connect(disk.file)) as connection:
-        connection.executescript(f"{stores._SCHEMA} PRAGMA user_version = 1;")
+        connection.executescript(f"{' '.join(stores._steps()[:version])} PRAGMA user_version = {version};")
     with closing(sqlite3.connect(disk.file)) as connection, connection:
         values = (lease.fence, lease.lease_id, lease.token, "comfyui", TTL, disk.clock.utc().isoformat(), disk.boot)
         connection.execute(
@@ -287,7 +293,7 @@ def test_a_file_of_the_version_before_is_brought_up_with_all_that_is_in_it(disk:
         connection.execute("INSERT INTO total VALUES ('comfyui', 7, 2, NULL)")
     examine(disk.file)
     kept = disk.life().open()
-    assert [each.lease.token for each in kept.leases] == [lease.token]
+    assert [(each.lease.token, each.priority) for each in kept.leases] == [(lease.token, Priority.NORMAL)]
     assert kept.totals["comfyui"].requests == 7
     assert kept.learned == {}
     assert disk.rows("PRAGMA user_version") == [(stores.VERSION,)]

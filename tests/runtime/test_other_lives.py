@@ -10,6 +10,7 @@ import pytest
 
 from gpumgr.core.lease import Lease
 from gpumgr.core.quantum import UNKNOWN_SWAP_SECONDS
+from gpumgr.core.queue import Priority
 from gpumgr.errors import LeaseUnknown, RequestEnded, StoreUnavailable
 from gpumgr.runtime.ports import BackendError, StoreError
 from gpumgr.runtime.snapshot import snapshot
@@ -50,6 +51,15 @@ def test_nothing_conflicting_is_granted_after_a_restart(world: World) -> None:
     world.broker.release(lease.token)
     world.prepare()
     assert chat.lease().fence == lease.fence + 1
+
+
+def test_a_lease_is_as_urgent_after_a_restart(world: World) -> None:
+    paint = world.grant("paint", priority=Priority.INTERACTIVE)
+    world.restart()
+    world.pass_time(world.broker.settings.lease.min_hold_seconds)
+    world.ask("chat", priority=Priority.INTERACTIVE, wait_seconds=500)
+    assert snapshot(world.broker)["leases"][0]["priority"] == "interactive"
+    assert world.broker.state.wish(paint) is None, "nobody is more urgent"
 
 
 def test_a_shortened_ttl_is_not_promised_longer_than_it_was_written(world: World) -> None:
