@@ -252,7 +252,7 @@ class Broker:
     def _warn_of_misfits(self) -> None:
         with self.state.lock:
             for consumer in self.state.catalog.consumers.values():
-                view = self.state.bare_view()
+                view = self.state.views.bare()
                 if not view.reading.problems(consumer.gpus) and impossible(consumer, view):
                     log.warning("%s", insufficient(consumer, view).message)
 
@@ -491,7 +491,7 @@ class Broker:
 
     def _refusal_at_once(self, consumer: Consumer) -> Refused | None:
         """What no waiting would mend. An operator's hold counts in every mode."""
-        view = self.state.bare_view()
+        view = self.state.views.bare()
         kept_out = keeps_out(consumer, view)
         if self._lets_pass:
             return kept_out if view.outside.paused(view.now) else None

@@ -172,8 +172,8 @@ class Explainer:
         unreadable = bool(state.reading.problems(target.gpus))
         if (state.believes or not unreadable) and not dialect.load_starts_service and known.healthy is False:
             raise unhealthy(target.name, known.health_error or "it failed when it was asked last")
-        busy = [name for name in state.suspects(target) if state.memory[name].busy]
-        view = state.view(ticket, state.reading, {}, busy)
+        busy = [name for name in state.views.suspects(target) if state.memory[name].busy]
+        view = state.views.of(ticket, state.reading, {}, busy)
         seen = foresee(target, view, decision_for(ticket), self._left_mib)
         if isinstance(seen.last, Grant):
             return Found("unload" if seen.unloads else "granted", ticket, seen.unloads, view)

@@ -112,7 +112,7 @@ class Housekeeping:
             free=self._dialects[name].can_unload
             and name not in in_use
             and not state.queue.is_unloading(name)
-            and not state.lingerers(name),
+            and not state.views.lingerers(name),
             idle_since=max(used, default=float("-inf")),
             waited_for=any(entry.consumer == name for entry in state.queue.waiting()),
             intrudes=tuple(sorted({lease.consumer for lease in state.leases if name in state.intruders_of(lease)})),
@@ -170,7 +170,7 @@ class Housekeeping:
         try:
             reading = self._probe.read()
             with self._state.lock:
-                holdings = self._state.holdings(reading, {})
+                holdings = self._state.views.holdings(reading, {})
         except BaseException:
             for name in list(back):
                 in_service(name)

@@ -167,10 +167,10 @@ class Preparation:
         self._require_caller()
         with state.lock:
             self._require_wanted()
-            if ends != state.ends or reading.problems(self._target.gpus) or state.untold(self._target, reading):
+            if ends != state.ends or reading.problems(self._target.gpus) or state.views.untold(self._target, reading):
                 return False
             state.note_reading(reading)
-            view = state.view(self._ticket, reading, {})
+            view = state.views.of(self._ticket, reading, {})
             decision = decision_for(self._ticket)(self._target, view)
             if not isinstance(decision, Grant):
                 return False
@@ -187,7 +187,7 @@ class Preparation:
             and self._is_healthy()
             and not self._dialect.can_load  # it must be asked whether it is loaded
             and not state.reading.problems(self._target.gpus)
-            and not state.suspects(self._target)
+            and not state.views.suspects(self._target)
         )
 
     def _end(self, error: GpumgrError | None) -> None:
@@ -252,7 +252,7 @@ class Preparation:
             raise scheduler_timeout(state, self._ticket)
         state.note_reading(reading)
         self._seen = state.changes
-        view = state.view(self._ticket, reading, reports, (name for name, busy in self._said.items() if busy))
+        view = state.views.of(self._ticket, reading, reports, (name for name, busy in self._said.items() if busy))
         decision = decision_for(self._ticket)(self._target, view)
         if isinstance(decision, Unload) and not self._asked(decision.consumers):
             return None
@@ -330,14 +330,16 @@ class Preparation:
             facts = {"code": grant.despite.code, "reason": grant.despite.message}
             self._state.note("proxy_over_budget", name, **facts)
             log.warning("proxy_over_budget consumer=%s code=%s: %s", name, grant.despite.code, grant.despite)
-        if self._state.believing(self._ticket, reading):
+        if self._state.views.believing(self._ticket, reading):
             said = "; ".join(reading.problems(self._target.gpus))
             log.warning("grant on declared sizes consumer=%s: %s", name, said)
 
     def _wait_inside(self, decision: Wait) -> None:
         if decision.reason == "vram":
             names = [name for name in decision.consumers if name != self._target.name]
-            who = ", ".join(names + _programs(self._state.lingerers(self._target.name, self._ticket))) or "holders"
+            who = (
+                ", ".join(names + _programs(self._state.views.lingerers(self._target.name, self._ticket))) or "holders"
+            )
             self._ticket.step = f"waiting for {decision.short_mib} MiB that {who} use or were promised"
             self._state.wait_inside(self._ticket, WaitingFor.VRAM)
         elif decision.reason == "draining":
@@ -349,7 +351,9 @@ class Preparation:
     def _drain_words(self, consumers: Sequence[str]) -> list[str]:
         state = self._state
         return [
-            _drain(name, state.computing(name), state.memory[name].busy_error, state.lingerers(name, self._ticket))
+            _drain(
+                name, state.computing(name), state.memory[name].busy_error, state.views.lingerers(name, self._ticket)
+            )
             for name in consumers
         ]
 
@@ -414,8 +418,8 @@ class Preparation:
         with self._state.lock:
             self._require_wanted()
             self._state.note_reading(reading)
-            names = self._state.untold(self._target, reading)
-            asks = self._asks.union(self._state.suspects(self._target))
+            names = self._state.views.untold(self._target, reading)
+            asks = self._asks.union(self._state.views.suspects(self._target))
         reports = ask_reports(names, self._world.dialects)
         if self._dialect.can_load and not self._load_called:
             own = ask_reports([self._target.name], self._world.dialects).get(self._target.name)
@@ -435,7 +439,7 @@ class Preparation:
         """They were taken out of service under the lock that decided it; the evictor puts each one back."""
         state = self._state
         with state.lock:
-            holdings = state.holdings(reading, reports)
+            holdings = state.views.holdings(reading, reports)
             consumers = [state.catalog.consumers[name] for name in victims]
             believe = self._state.believes or self._ticket.proxied
         if not self._ticket.proxied:

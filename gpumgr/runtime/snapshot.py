@@ -24,8 +24,8 @@ def snapshot(broker: Broker) -> dict[str, Any]:
     state = broker.state
     with state.lock:
         now = broker.clock.monotonic()
-        holdings = state.holdings(state.reading, {})
-        promised = state.promised(state.in_use(), holdings, state.reading)
+        holdings = state.views.holdings(state.reading, {})
+        promised = state.views.promised(state.in_use(), holdings, state.reading)
         waiting = Outlook(state, now)
         shown = {
             "version": __version__,

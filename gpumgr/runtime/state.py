@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from gpumgr.config import LeaseSettings
-from gpumgr.core.card import GpuProcess, GpuReading, Reading
+from gpumgr.core.card import GpuReading, Reading
 from gpumgr.core.catalog import Catalog, Consumer, GpuRef, overlap
 from gpumgr.core.following import Followed
 from gpumgr.core.lease import Call, Claim, EndReason, Lease, LeaseBook, RequestKey
@@ -27,17 +27,13 @@ from gpumgr.core.placement import (
     Decision,
     Holding,
     Refuse,
-    Report,
     Unload,
     Victim,
-    View,
     Wait,
-    assess,
     beside_strangers_mib,
     decide,
     decide_call,
     keeps_out,
-    promised_mib,
 )
 from gpumgr.core.queue import Entry, Phase, Policy, Priority, Queue, WaitingFor, heads
 from gpumgr.core.resuming import Resuming
@@ -48,14 +44,13 @@ from gpumgr.runtime.ledger import Ledger
 from gpumgr.runtime.ports import Clock, Kept, KeptLease, Total
 from gpumgr.runtime.refusals import scheduler_timeout
 from gpumgr.runtime.ticket import Ask, Ticket, Wish
+from gpumgr.runtime.views import Views
 
 log = logging.getLogger(__name__)
 
 EVENTS_KEPT = 200
 HOLDS_KEPT = 20
 """How long they took tells when those who wait may expect their turn."""
-TAKING = (Phase.PREPARING, Phase.GRANTING, Phase.LIVE)
-"""Holds that may still take what they were granted; those on their way out have what they have."""
 SLEPT_SECONDS = 1.0
 """Less than this is the two clocks' own difference."""
 
@@ -199,6 +194,7 @@ class State:
         self.stopping = False
         self._lease = lease
         self._headroom_mib = headroom_mib
+        self.views = Views(self, headroom_mib)
         self.may_unload = may_unload
         self._clock = clock
 
@@ -351,7 +347,7 @@ class State:
 
     def _sight(self, consumer: Consumer, reading: Reading) -> Sight:
         name = consumer.name
-        held = [self._holding(consumer, ref, reading, None) for ref in consumer.gpus]
+        held = [self.views.holding(consumer, ref, reading, None) for ref in consumer.gpus]
         told = all(holding.exact for holding in held)
         return Sight(
             at=reading.read_at,
@@ -617,7 +613,7 @@ class State:
             self.note("would_wait", name, holder=ticket.holder, waiting_for="holder", behind=blockers)
         if self.memory[name].healthy is False:
             self.note("would_refuse", name, holder=ticket.holder, code="consumer_unhealthy")
-        view = replace(self.view(ticket, self.reading, {}), may_unload=True)
+        view = replace(self.views.of(ticket, self.reading, {}), may_unload=True)
         decision = (decide_call if ticket.proxied else decide)(ticket.consumer, view)
         if isinstance(decision, Wait) and not blockers:
             self.note("would_wait", name, holder=ticket.holder, waiting_for=decision.reason)
@@ -649,167 +645,6 @@ class State:
         """Held, prepared, or called under a lease: also one that has ended meanwhile."""
         held = {hold.consumer for hold in self.queue.holds.values()}
         return frozenset(held | {call.consumer for call in self.calls.values()})
-
-    def view(self, ticket: Ticket, reading: Reading, reports: Mapping[str, Report], busy: Iterable[str] = ()) -> View:
-        """What a decision about this ticket looks at. ``busy`` have just said so. Those without a holder are in use all
-        the same, and what they have not taken yet is promised to them as to a holder: a model that a tail or somebody's
-        direct use is loading is not on the card yet."""
-        target = ticket.consumer.name
-        beside = [hold for hold in self.queue.holds_of(target) if hold.seq != ticket.seq]
-        working = frozenset(name for name in busy if not (beside if name == target else self.queue.holds_of(name)))
-        using = (self.in_use() | working) - {target}
-        left = self._lingering(reading, ticket)
-        others = using | {name for name in self._hold_much(left) if name != target}
-        holdings = self.holdings(reading, reports)
-        if self.believing(ticket, reading):
-            reading = self._believed(ticket.consumer, reading, holdings)
-        return View(
-            catalog=self.catalog,
-            reading=reading,
-            headroom_mib=self._headroom_mib,
-            holdings=holdings,
-            promised_mib=self.promised(using, holdings, reading, ticket),
-            in_use=others,
-            busy=working,
-            leaving=frozenset(name for name in self.catalog.consumers if self.queue.is_unloading(name)),
-            target_in_use=bool(beside),
-            leased=self._leased(ticket.consumer),
-            may_unload=self.may_unload,
-            tried=tuple(ticket.tried),
-            last_used={name: m.last_used for name, m in self.memory.items() if m.last_used is not None},
-            outside=self.outside,
-            now=self._clock.monotonic(),
-            lingering_mib={} if beside else {ref: mib for (name, ref), mib in left.items() if name == target},
-        )
-
-    def bare_view(self) -> View:
-        """The card without anyone on it, as far as `impossible` and `keeps_out` look."""
-        now = self._clock.monotonic()
-        return View(self.catalog, self.reading, self._headroom_mib, {}, {}, outside=self.outside, now=now)
-
-    def _lingering(
-        self, reading: Reading, ticket: Ticket | None = None, *, named: bool = False
-    ) -> dict[tuple[str, GpuRef], int]:
-        """Per consumer and GPU, what programs hold that no live lease is for: those that a holder named whose lease is
-        over, and whatever is known of a consumer without a backend. Nobody may unload them, and nobody is given what
-        they hold. Not the ticket's own process: what it kept from its last lease is its own to use. ``named``: only
-        programs that a holder named."""
-        found: dict[tuple[str, GpuRef], int] = {}
-        for gpu in reading.gpus:
-            for process in gpu.processes:
-                consumer = self.catalog.consumers.get(process.consumer or "")
-                if named and process.holder_pid is None:
-                    continue
-                if consumer is not None and self._lingers(process, consumer, ticket):
-                    mib = consumer.needs_mib(gpu.index) if process.used_mib is None else process.used_mib
-                    found[consumer.name, gpu.index] = found.get((consumer.name, gpu.index), 0) + mib
-        return found
-
-    def _lingers(self, process: GpuProcess, consumer: Consumer, ticket: Ticket | None) -> bool:
-        if process.holder_pid is None:
-            return not consumer.has_backend and (ticket is None or ticket.consumer.name != consumer.name)
-        tickets = [t for t in self.tickets.values() if t.granting] + ([] if ticket is None else [ticket])
-        live = [lease.process for lease in self.leases] + [t.process for t in tickets]
-        return all(each is None or each.pid != process.holder_pid for each in live)
-
-    def _hold_much(self, left: Mapping[tuple[str, GpuRef], int]) -> set[str]:
-        """Those of which more than a context is left."""
-        return {name for (name, _), mib in left.items() if mib > self.catalog.consumers[name].residual_mib}
-
-    def lingerers(self, consumer: str, ticket: Ticket | None = None) -> list[GpuProcess]:
-        """The programs that keep it in use without a lease, as they were last seen; for a ticket, not its own."""
-        known = self.catalog.consumers.get(consumer)
-        holds = [hold for hold in self.queue.holds_of(consumer) if ticket is None or hold.seq != ticket.seq]
-        if known is None or holds or consumer not in self._hold_much(self._lingering(self.reading, ticket)):
-            return []
-        own = {p.pid: p for gpu in self.reading.gpus for p in gpu.processes if p.consumer == consumer}
-        return [process for process in own.values() if self._lingers(process, known, ticket)]
-
-    def _leased(self, consumer: Consumer) -> bool:
-        """Whether a lease shares a GPU with it, also one that is being written down."""
-        granting = [t for t in self.tickets.values() if t.granting and not t.proxied]
-        leased = [lease.gpus for lease in self.leases] + [ticket.consumer.gpus for ticket in granting]
-        return any(overlap(gpus, consumer.gpus) for gpus in leased)
-
-    def _may_believe(self, ticket: Ticket) -> bool:
-        """A proxied call goes on where the card cannot be read; a lease only where the file says so."""
-        return self.believes or ticket.proxied
-
-    def believing(self, ticket: Ticket, reading: Reading) -> bool:
-        """Whether what is decided about this ticket rests on declared sizes instead of this reading."""
-        return self._may_believe(ticket) and bool(reading.problems(ticket.consumer.gpus))
-
-    def _believed(self, target: Consumer, reading: Reading, holdings: Mapping[tuple[str, GpuRef], Holding]) -> Reading:
-        held: dict[GpuRef, int] = {}
-        for (_, gpu), holding in holdings.items():
-            held[gpu] = held.get(gpu, 0) + holding.held_mib
-        return reading.believing(target.gpus, self.readable, held)
-
-    def holdings(self, reading: Reading, reports: Mapping[str, Report]) -> dict[tuple[str, GpuRef], Holding]:
-        return {
-            (consumer.name, ref): self._holding(consumer, ref, reading, reports.get(consumer.name))
-            for consumer in self.catalog.consumers.values()
-            for ref in consumer.gpus
-        }
-
-    def _holding(self, consumer: Consumer, ref: GpuRef, reading: Reading, report: Report | None) -> Holding:
-        remembered = self.memory[consumer.name]
-        gpu = reading.gpu(ref)
-        return assess(
-            consumer,
-            ref,
-            driver_mib=None if gpu is None else gpu.held_mib(consumer.name),
-            attributable=remembered.recognised or (gpu is not None and not gpu.hides_processes),
-            report=report,
-            used_since_unload=remembered.used_since_unload,
-            leftover_mib=remembered.leftover_mib.get(ref, 0),
-        )
-
-    def promised(
-        self,
-        holders: Iterable[str],
-        holdings: Mapping[tuple[str, GpuRef], Holding],
-        reading: Reading,
-        ticket: Ticket | None = None,
-    ) -> dict[GpuRef, int]:
-        """Per GPU, what these consumers were granted and have not taken yet. Two leases of one consumer share
-        its memory, so it counts once; what an earlier holder's program has kept is no part of what a holder takes."""
-        promised: dict[GpuRef, int] = {}
-        left = self._lingering(reading, ticket, named=True)
-        taking = {hold.consumer for hold in self.queue.holds.values() if hold.phase in TAKING}
-        for name in holders:
-            consumer = self.catalog.consumers[name]
-            for ref in consumer.gpus:
-                held = holdings[name, ref]
-                if name in taking and (name, ref) in left:
-                    held = replace(held, held_mib=max(0, held.held_mib - left[name, ref]))
-                promised[ref] = promised.get(ref, 0) + promised_mib(consumer, ref, held)
-        return promised
-
-    def untold(self, target: Consumer, reading: Reading) -> list[str]:
-        """The consumers on the target's GPUs whose memory the driver does not tell: they must be asked."""
-        names = []
-        for consumer in self.catalog.consumers.values():
-            for ref in () if consumer.retired else set(consumer.gpus) & set(target.gpus):
-                gpu = reading.gpu(ref)
-                held = None if gpu is None else gpu.held_mib(consumer.name)
-                hidden = gpu is not None and gpu.hides_processes
-                if held is None or (held == 0 and hidden and not self.memory[consumer.name].recognised):
-                    names.append(consumer.name)
-                    break
-        return names
-
-    def suspects(self, target: Consumer) -> list[str]:
-        """The consumers beside the target that have no holder and may be computing all the same."""
-        return [
-            name
-            for name, remembered in self.memory.items()
-            if name != target.name
-            and not self.catalog.consumers[name].retired
-            and (remembered.tail or remembered.busy or not remembered.asked)
-            and self.may_ask_busy(name)
-            and self.catalog.share_gpu(name, target.name)
-        ]
 
     def goes_next(self, consumer: str) -> bool:
         """Whether the first of those who wait on its GPUs waits for it: in that breath what it holds is theirs."""
@@ -853,7 +688,7 @@ class State:
 
     def _note_residents(self, reading: Reading) -> None:
         """Since when each is on the card, and who should not be there."""
-        holdings = self.holdings(reading, {})
+        holdings = self.views.holdings(reading, {})
         resident = {name for (name, _), holding in holdings.items() if holding.resident}
         for name, remembered in self.memory.items():
             if name not in resident:
@@ -916,7 +751,7 @@ class State:
 
     def _outside_changed(self) -> None:
         """Whoever waits and cannot be granted any more is told at once, not at its turn."""
-        view = self.bare_view()
+        view = self.views.bare()
         for ticket in list(self.tickets.values()):
             error = None if ticket.granting else keeps_out(ticket.consumer, view)
             if error is not None:
@@ -1021,7 +856,7 @@ class State:
         remembered = self.memory[consumer]
         if any(call.consumer == consumer for call in self.calls.values()):
             return "tail"
-        if left := self.lingerers(consumer):
+        if left := self.views.lingerers(consumer):
             return "tail" if any(process.holder_pid is not None for process in left) else "direct"
         if not remembered.busy:
             return None

@@ -24,7 +24,7 @@ from gpumgr.core.lease import Call, EndReason, Lease, LeaseBook, RequestKey
 from gpumgr.core.placement import Decision, Grant, Holding, Report, View
 from gpumgr.core.queue import Entry, Fifo, Hold, Line, Queue, Turns, WaitingFor
 from gpumgr.errors import GpumgrError, LeaseUnknown
-from gpumgr.runtime import broker, preparation, state
+from gpumgr.runtime import broker, preparation, state, views
 from gpumgr.runtime.broker import Broker
 from gpumgr.runtime.housekeeping import Housekeeping
 from gpumgr.runtime.outsiders import Outsiders
@@ -33,6 +33,7 @@ from gpumgr.runtime.preparation import Preparation
 from gpumgr.runtime.refusals import scheduler_timeout
 from gpumgr.runtime.state import State
 from gpumgr.runtime.ticket import Ask, Caller, Ticket
+from gpumgr.runtime.views import Views
 from tests.core.model import WORN_MIB
 from tests.core.test_machine import BrokerMachine
 from tests.worlds import World, catalog, consumer
@@ -192,16 +193,13 @@ def one_request_many_places_in_the_line(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def ignores_what_was_promised(patch: pytest.MonkeyPatch) -> None:
-    def promised(_self: State, _holders: Iterable[str], _holdings: object) -> dict[Any, int]:
-        return {}
-
-    patch.setattr(State, "promised", promised)
+    patch.setattr(Views, "promised", lambda _self, _holders, _holdings, *_more: {})
 
 
 @mutant
 def lends_the_headroom(patch: pytest.MonkeyPatch) -> None:
-    real = State.view
-    patch.setattr(State, "view", lambda *a: dataclasses.replace(real(*a), headroom_mib=0))
+    real = Views.of
+    patch.setattr(Views, "of", lambda *a: dataclasses.replace(real(*a), headroom_mib=0))
 
 
 @mutant
@@ -244,8 +242,8 @@ def refuses_instead_of_waiting(patch: pytest.MonkeyPatch) -> None:
 
 @rare
 def a_call_goes_ahead_beside_a_lease(patch: pytest.MonkeyPatch) -> None:
-    real = State.view
-    patch.setattr(State, "view", lambda *a: dataclasses.replace(real(*a), leased=False))
+    real = Views.of
+    patch.setattr(Views, "of", lambda *a: dataclasses.replace(real(*a), leased=False))
 
 
 @rare
@@ -391,14 +389,14 @@ def forgets_a_tail_at_its_holder_s_end(patch: pytest.MonkeyPatch) -> None:
 
 @rare
 def promises_nothing_to_a_tail(patch: pytest.MonkeyPatch) -> None:
-    real = State.view
+    real = Views.of
 
-    def view(self: State, ticket: Ticket, *a: Any) -> View:
+    def view(self: Views, ticket: Ticket, *a: Any) -> View:
         seen = real(self, ticket, *a)
-        held = self.in_use() - {ticket.consumer.name}
+        held = self._state.in_use() - {ticket.consumer.name}
         return dataclasses.replace(seen, promised_mib=self.promised(held, seen.holdings, seen.reading, ticket))
 
-    patch.setattr(State, "view", view)
+    patch.setattr(Views, "of", view)
 
 
 @mutant
@@ -518,12 +516,12 @@ def a_quarantine_never_ends(patch: pytest.MonkeyPatch) -> None:
 
 @rare
 def grants_on_a_card_that_cannot_be_read(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(State, "_may_believe", lambda _self, _ticket: True)
+    patch.setattr(Views, "_may_believe", lambda _self, _ticket: True)
 
 
 @mutant
 def refuses_calls_on_a_card_that_cannot_be_read(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(State, "_may_believe", lambda self, _ticket: self.believes)
+    patch.setattr(Views, "_may_believe", lambda self, _ticket: self._state.believes)
 
 
 @rare
@@ -533,7 +531,7 @@ def leaves_whom_it_cannot_see(patch: pytest.MonkeyPatch) -> None:
     def assess(*a: Any, driver_mib: int | None, **facts: Any) -> Holding:
         return real(*a, driver_mib=driver_mib or 0, **facts)
 
-    patch.setattr(state, "assess", assess)
+    patch.setattr(views, "assess", assess)
 
 
 # -- too rare or too long for a hunt: each has a story in which it shows ---------------------------------------

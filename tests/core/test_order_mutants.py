@@ -30,7 +30,7 @@ from gpumgr.core.queue import HEAD_START_SECONDS, Entry, Hold, Line, Next, Prior
 from gpumgr.core.resuming import Resuming
 from gpumgr.core.yielding import YieldRequest
 from gpumgr.runtime import state
-from gpumgr.runtime.state import State
+from gpumgr.runtime.views import Views
 from tests.core import test_quantum, test_queue, test_sharing, test_yielding
 from tests.core.model import MIN_HOLD_SECONDS
 from tests.core.test_machine import QuantumMachine
@@ -332,7 +332,7 @@ def sizes_are_not_added_up(patch: pytest.MonkeyPatch) -> None:
 def only_what_is_on_the_card_counts(patch: pytest.MonkeyPatch) -> None:
     """Of the sizes of those who hold, and of what was promised to them."""
     sizes_are_not_added_up(patch)
-    patch.setattr(State, "promised", lambda _self, _holders, _holdings, *_more: {})
+    patch.setattr(Views, "promised", lambda _self, _holders, _holdings, *_more: {})
 
 
 def a_call_comes_where_somebody_is_pinned() -> None:
@@ -348,14 +348,14 @@ def a_call_comes_where_somebody_is_pinned() -> None:
 
 @rare(a_call_comes_where_somebody_is_pinned)
 def who_is_pinned_goes_like_anybody(patch: pytest.MonkeyPatch) -> None:
-    real = State.view
+    real = Views.of
 
     def view(*asked: Any) -> View:
         seen = real(*asked)
         consumers = {name: replace(each, pinned=False) for name, each in seen.catalog.consumers.items()}
         return replace(seen, catalog=replace(seen.catalog, consumers=consumers))
 
-    patch.setattr(State, "view", view)
+    patch.setattr(Views, "of", view)
 
 
 # -- rules that a test of their own holds -------------------------------------------------------------------
