@@ -501,7 +501,8 @@ def _beyond_who_is_ahead(
     spent_ns, longest_ns = 0, 0
     others: set[str | None] = set()
     at_ns = wait.from_ns
-    for other in card[bisect_left(card, wait.from_ns, key=lambda served: served.from_ns) - 1 :] if card else []:
+    holds_then = max(0, bisect_left(card, wait.from_ns, key=lambda served: served.from_ns) - 1)
+    for other in card[holds_then:]:
         if other.from_ns >= wait.until_ns or (wait.row is not None and other.row.lease_id == wait.row.lease_id):
             break
         if other.until_ns <= at_ns:

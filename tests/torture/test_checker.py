@@ -491,6 +491,13 @@ def test_r13_the_holds_of_who_came_before_are_their_own(right: Run) -> None:
     assert broken(right) - {"R12"} == set()
 
 
+def test_r13_one_that_came_before_anybody_was_served(right: Run) -> None:
+    right.events.clear()
+    right.calls.clear()
+    turn(right, *during(10, 3000, 9000), waits_until=CAME + 9000, ahead=True)
+    assert "R13" not in broken(right)
+
+
 def test_r13_a_card_that_nobody_uses(right: Run) -> None:
     """Idle, for who may come back: no longer than a turn."""
     turn(right, waits_until=CAME + SWAP + QUANTUM + TURN)
