@@ -142,7 +142,10 @@ def seconds_of_a_day(where: str, value: Any) -> float:
 
 
 def seconds_or_zero(where: str, value: Any) -> float:
-    return 0 if value == 0 and not isinstance(value, bool) else seconds(where, value)
+    wanted = number(where, value)
+    if wanted < 0:
+        raise ConfigError(f"{where} must be 0 seconds or more, not {shown(value)}")
+    return wanted
 
 
 def seconds_or_auto(where: str, value: Any) -> float | None:
