@@ -34,7 +34,7 @@ from gpumgr.runtime.views import Views
 from tests.core import test_quantum, test_queue, test_sharing, test_yielding
 from tests.core.model import MIN_HOLD_SECONDS
 from tests.core.test_machine import QuantumMachine
-from tests.core.test_mutants import Mutant, notices
+from tests.core.test_mutants import Mutant, fits_its_place, notices
 from tests.runtime import test_order
 from tests.worlds import World, catalog, consumer
 
@@ -450,7 +450,7 @@ def test_its_story_notices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install, story = RARE[name]
     story()
     install(monkeypatch)
-    with pytest.raises(AssertionError):
+    with fits_its_place(), pytest.raises(AssertionError):
         story()
 
 
