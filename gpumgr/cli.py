@@ -69,11 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     orders = commands.add_parser(
         "simulate", help="compare orders of the queue on virtual time; needs no GPU and no broker"
     )
-    orders.add_argument("--load", type=_seconds, nargs="+", default=[0.3, 0.5, 0.7], help="shares of the card's time")
-    orders.add_argument("--requests", type=int, default=3000, help="for each load and seed (default: 3000)")
-    orders.add_argument("--seeds", type=int, default=3, help="draws of each workload (default: 3)")
+    orders.add_argument("--load", type=_share, nargs="+", default=[0.3, 0.5, 0.7], help="shares of the card's time")
+    orders.add_argument("--requests", type=_count, default=3000, help="for each load and seed (default: 3000)")
+    orders.add_argument("--seeds", type=_count, default=3, help="draws of each workload (default: 3)")
     orders.add_argument("--trace", type=Path, help="arrivals for the LLM: TIMESTAMP,ContextTokens,GeneratedTokens")
-    orders.add_argument("--every", type=int, default=20, help="use each n-th row of the trace (default: 20)")
+    orders.add_argument("--every", type=_count, default=20, help="use each n-th row of the trace (default: 20)")
     orders.add_argument("--open-only", action="store_true", help="without the agents that ask again")
     orders.add_argument("--out", type=Path, metavar="DIRECTORY", help="for simulate.json and the pictures")
     orders.add_argument("--no-pictures", action="store_true", help="which need matplotlib (the extra `dev`)")
@@ -105,6 +105,20 @@ def _seconds(written: str) -> float:
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError("must be more than 0 seconds")
     return seconds
+
+
+def _share(written: str) -> float:
+    share = float(written)
+    if not 0 < share < float("inf"):
+        raise argparse.ArgumentTypeError("must be more than 0, such as 0.5 for half of the card's time")
+    return share
+
+
+def _count(written: str) -> int:
+    count = int(written)
+    if count < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return count
 
 
 def hold(url: str, reason: str | None, ttl_seconds: float | None, wait_seconds: float) -> int:
@@ -176,10 +190,10 @@ def under_lease(chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 def simulate(chosen: argparse.Namespace) -> int:
     wanted = simulator.Wanted(
         loads=chosen.load,
-        requests=max(1, chosen.requests),
-        seeds=max(1, chosen.seeds),
+        requests=chosen.requests,
+        seeds=chosen.seeds,
         trace=chosen.trace,
-        every=max(1, chosen.every),
+        every=chosen.every,
         closed=not chosen.open_only,
         directory=chosen.out,
         pictures=not chosen.no_pictures,

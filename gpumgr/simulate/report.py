@@ -17,7 +17,7 @@ def table(scene: str, compared: Mapping[str, Figures], bound: Mapping[str, float
     rows = [(*HEAD, *(f"{name}: mean, p95, longest" for name in names))]
     for order, figures in compared.items():
         waits = figures.all
-        each = [figures.each[name] for name in names if name in figures.each]
+        each = [figures.each.get(name) for name in names]
         rows.append(
             (
                 order,
@@ -27,11 +27,11 @@ def table(scene: str, compared: Mapping[str, Figures], bound: Mapping[str, float
                 f"{figures.swaps_per_hour:.1f}",
                 f"{figures.served_per_hour:.0f}",
                 f"{100 * figures.useful_share:.0f} %",
-                *(f"{w.mean:.1f} {w.p95:.0f} {w.longest:.0f}" for w in each),
+                *("" if w is None else f"{w.mean:.1f} {w.p95:.0f} {w.longest:.0f}" for w in each),
             )
         )
     if bound is not None:
-        least = ("nobody can beat", f"{bound['mean']:.1f}", "", f"{bound['longest']:.0f}")
+        least = ("nobody can beat", f"{bound['mean']:z.1f}", "", f"{bound['longest']:z.0f}")
         rows.append((*least, *[""] * (len(rows[0]) - len(least))))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join([f"{scene}:", *(_line(row, widths) for row in rows)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from gpumgr.simulate.compare import (
 from gpumgr.simulate.engine import Card
 from gpumgr.simulate.figures import figures_of
 from gpumgr.simulate.peers import HeadAge, SkipLimit
+from gpumgr.simulate.report import table
 from gpumgr.simulate.sharing import SHARING, SIZES_MIB, LeastRecentlyUsed, Loads, choices, loads
 from gpumgr.simulate.workload import CASE, Arrival, Kind, from_trace, mean_service_seconds, poisson, read_trace
 
@@ -150,6 +152,33 @@ def test_the_command_prints_a_table_and_writes_what_it_found(
     assert all(word in shown for word in ("open loop, load 0.5", "skip limit 3", "quantum", "nobody can beat"))
     kept = json.loads((tmp_path / "simulate.json").read_text(encoding="utf-8"))
     assert kept["scenes"]["open loop, load 0.5"][OURS]["all"]["count"] == 40
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--load", "-1"], "more than 0, such as 0.5"),
+        (["--load", "nan"], "more than 0, such as 0.5"),
+        (["--load", "half"], "half"),
+        (["--requests", "0"], "--requests: must be 1 or more"),
+        (["--seeds", "-4"], "--seeds: must be 1 or more"),
+        (["--every", "0"], "--every: must be 1 or more"),
+    ],
+)
+def test_the_command_refuses_what_cannot_be_played(
+    wrong: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["simulate", *wrong])
+    assert said in capsys.readouterr().err
+
+
+def test_an_order_that_serves_nobody_of_a_kind_has_its_row() -> None:
+    figures = figures_of(Card(Fifo(), KINDS).play([Arrival(0.0, "chat", 5.0)]))
+    nothing = {"mean": -1e-9, "longest": -1e-9}
+    shown = table("a scene", {"ours": figures, "theirs": replace(figures, each={})}, nothing)
+    assert "chat: mean" in shown
+    assert shown.splitlines()[-1].split()[-2:] == ["0.0", "0"], "nobody waits for less than nothing"
 
 
 def test_the_command_says_what_is_wrong_with_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
