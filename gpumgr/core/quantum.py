@@ -23,10 +23,11 @@ Rules of the turn (the numbers stand beside the code; 0 to 5 are those of core/q
    least, so that a turn covers a few requests. Where somebody has fixed ``quantum_seconds``, that is its most instead.
    For a request that is more urgent than the next one for the resident, it is ``URGENT`` times what the swap costs.
 10. A consumer that is idle **lingers** before a swap where it usually comes back soon: for twice the median of its
-   last gaps and ``GRACE_SECONDS``, unless that is more than ``LINGER_SHARE`` of the cost of the swap there and back:
-   then it would cost more than it saves, and it goes at once; so it does where nobody knows yet what a swap costs, as
-   an idle card is certain and the saving is not. Nobody waits for it who needs no swap, nor longer than until they are
-   due.
+   last gaps and ``GRACE_SECONDS``, unless that is more than ``LINGER_SHARE`` of what is **at stake**: the dearest swap
+   there and back with one that waits, as it comes back after all of them. By the swap that is next alone, whoever has
+   a cheap one next to it would leave after each request, and the others stay for a turn. Where that is too little it
+   goes at once; so it does where nobody knows yet what a swap costs, as an idle card is certain and the saving is not.
+   Nobody waits for it who needs no swap, nor longer than until they are due.
 11. Who joins others on the card joins their turn, so that the quanta of coexisting consumers do not add up.
 
 **The bound.** On one card, with consumers that all exclude each other, a request waits at most for
@@ -125,11 +126,14 @@ class Quantum:
                 continue
             found = True
             cost = round_trip_seconds(name, entry.consumer, swap_seconds)
-            insists = entry.consumer in stays and self._asked_again_at_once(stays[entry.consumer], cost)
+            at_stake, its_stake = (
+                max(cost, at_stake_seconds(each, line, catalog, stays, swap_seconds)) for each in (name, entry.consumer)
+            )
+            insists = entry.consumer in stays and self._asked_again_at_once(stays[entry.consumer], its_stake)
             asked = self.factor if insists else waiting_for_part_of(name, line, catalog) / WAITING_EACH
             due_at = max(due_at, self._due_at(entry, line.get(name, {}), stay.since, asked, cost))
             if stay.idle_since is not None and _is_known(name, entry.consumer, swap_seconds):
-                lingers_until = max(lingers_until, stay.idle_since + self.linger_seconds(stay, cost))
+                lingers_until = max(lingers_until, stay.idle_since + self.linger_seconds(stay, at_stake))
         return Swap(due_at, lingers_until) if found else None
 
     def _due_at(
@@ -146,8 +150,8 @@ class Quantum:
             turn_since + self.quantum_seconds_of(cost, turn), waits_from + self.quantum_seconds_of(cost, patience)
         )
 
-    def _asked_again_at_once(self, stay: Stay, round_trip: float) -> bool:
-        return self.linger_seconds(stay, round_trip) > 0 and self._pays(stay.gaps[-1], round_trip)
+    def _asked_again_at_once(self, stay: Stay, at_stake: float) -> bool:
+        return self.linger_seconds(stay, at_stake) > 0 and self._pays(stay.gaps[-1], at_stake)
 
     def quantum_seconds_of(self, round_trip: float, times: float) -> float:
         """So many times what the swap costs, within what is the most."""
@@ -159,16 +163,16 @@ class Quantum:
     def longest_seconds(self, round_trip: float) -> float:
         return self.quantum_seconds_of(round_trip, float("inf"))
 
-    def linger_seconds(self, stay: Stay, round_trip: float) -> float:
+    def linger_seconds(self, stay: Stay, at_stake: float) -> float:
         """How long it keeps the card although it is idle (10); 0: not at all."""
         if len(stay.gaps) < GAPS_NEEDED:
             return 0.0
         gap = median(stay.gaps)
-        return _expected_seconds(gap) if self._pays(gap, round_trip) else 0.0
+        return _expected_seconds(gap) if self._pays(gap, at_stake) else 0.0
 
-    def _pays(self, gap: float, round_trip: float) -> bool:
+    def _pays(self, gap: float, at_stake: float) -> bool:
         """Whether waiting for one that comes back after so long costs less than it saves."""
-        return _expected_seconds(gap) <= self.linger_share * round_trip
+        return _expected_seconds(gap) <= self.linger_share * at_stake
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +201,19 @@ def round_trip_seconds(resident: str, other: str, swap_seconds: SwapSeconds) -> 
     """A turn of somebody else costs two swaps: theirs, and the one back."""
     there, back = swap_seconds(resident, other), swap_seconds(other, resident)
     return sum(UNKNOWN_SWAP_SECONDS if seconds is None else seconds for seconds in (there, back))
+
+
+def at_stake_seconds(
+    consumer: str, line: Line, catalog: Catalog, stays: Mapping[str, Stay], swap_seconds: SwapSeconds
+) -> float:
+    """The dearest swap there and back that is known, with one that it excludes and that waits, or is in its place."""
+    others = (other for other in catalog.excluded[consumer] if other in line or _stays(other, stays))
+    known = (other for other in others if _is_known(consumer, other, swap_seconds))
+    return max((round_trip_seconds(consumer, other, swap_seconds) for other in known), default=0.0)
+
+
+def _stays(consumer: str, stays: Mapping[str, Stay]) -> bool:
+    return consumer in stays and stays[consumer].since is not None
 
 
 def _held_up(entry: Entry, behind: Iterable[tuple[Entry, Swap]], catalog: Catalog) -> bool:

@@ -319,6 +319,27 @@ def test_9_a_quantum_is_the_longest_against_who_asks_again_at_once(gaps: tuple[f
     assert bench.go() == ["voice"]
 
 
+def cheap(leaving: str, coming: str) -> float:
+    """Between these two; not where painting comes in."""
+    return 1.0 if {leaving, coming} == {"chat", "voice"} else SWAP
+
+
+@pytest.mark.parametrize(("beside", "times"), [([], PATIENCE), (["paint"], FACTOR)])
+def test_9_who_asks_again_at_once_has_at_stake_what_all_who_wait_cost(beside: list[str], times: float) -> None:
+    bench = Bench(*THREE)
+    bench.queue._swap_seconds = cheap
+    bench.serve("chat")
+    bench.queue.stays["voice"] = Stay(gaps=(1.0, 1.0))
+    came_at = bench.now
+    bench.ask("voice", *beside, "chat")
+    bench.now = came_at + times * FLOOR_SECONDS - 1
+    assert bench.go() == ["chat"]
+    bench.ask("chat")
+    bench.end()
+    bench.now += 1
+    assert bench.go() == ["voice"]
+
+
 def returns_after(bench: Bench, name: str, *gaps: float) -> None:
     for gap in gaps:
         bench.serve(name)
@@ -347,6 +368,24 @@ def test_10_who_usually_comes_back_late_goes_at_once() -> None:
     bench = Bench(*THREE)
     returns_after(bench, "chat", 1.0, 6.0, 7.0)
     bench.ask("voice")
+    assert bench.go() == ["voice"]
+
+
+@pytest.mark.parametrize(("asked", "waited_for"), [(["voice"], False), (["voice", "paint"], True)])
+def test_10_who_leaves_comes_back_after_all_who_wait(asked: list[str], waited_for: bool) -> None:
+    """It is not worth a moment to save a cheap swap alone."""
+    bench = Bench(*THREE)
+    bench.queue._swap_seconds = cheap
+    returns_after(bench, "chat", 1.0, 1.0, 1.0)
+    bench.ask(*asked)
+    assert bench.go() == ([] if waited_for else ["voice"])
+
+
+def test_10_nobody_knows_what_is_at_stake_with_who_was_never_seen() -> None:
+    bench = Bench(*THREE)
+    bench.queue._swap_seconds = lambda *pair: 1.0 if "paint" not in pair else None
+    returns_after(bench, "chat", 1.0, 1.0, 1.0)
+    bench.ask("voice", "paint")
     assert bench.go() == ["voice"]
 
 
