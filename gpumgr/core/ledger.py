@@ -195,6 +195,11 @@ class Account:
             return Account(self.unloads, (*self.observations, entry)[-KEPT:], tally)
         return Account((*self.unloads, entry)[-KEPT:], self.observations, tally)
 
+    @property
+    def left_mib(self) -> int:
+        """What stayed after its last unload, on all of its GPUs; 0: it was not proved, or there was none."""
+        return self.unloads[-1].left_mib if self.unloads and self.unloads[-1].reason is None else 0
+
     def after(self, earlier: Account) -> Account:
         """With what an earlier life wrote before it."""
         return Account(

@@ -140,8 +140,16 @@ class Views:
             attributable=remembered.recognised or (gpu is not None and not gpu.hides_processes),
             report=report,
             used_since_unload=remembered.used_since_unload,
-            leftover_mib=remembered.leftover_mib.get(ref, 0),
+            leftover_mib=self._leftover_mib(consumer, ref),
         )
+
+    def _leftover_mib(self, consumer: Consumer, ref: GpuRef) -> int:
+        """What stayed after its last unload; where that was in an earlier life, on each of its GPUs alike."""
+        remembered = self._state.memory[consumer.name]
+        if remembered.used_since_unload is None:
+            left_mib = self._state.ledger.account(consumer.name).left_mib // len(consumer.gpus)
+            return min(left_mib, consumer.residual_mib)
+        return remembered.leftover_mib.get(ref, 0)
 
     def promised(
         self,

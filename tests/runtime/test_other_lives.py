@@ -16,7 +16,7 @@ from gpumgr.runtime.ports import BackendError, StoreError
 from gpumgr.runtime.snapshot import snapshot
 from gpumgr.runtime.ticket import Ask, Caller
 from tests.waiting import until
-from tests.worlds import HadIt, World, catalog, consumer, request, started
+from tests.worlds import CONTEXT_MIB, HadIt, World, catalog, consumer, request, started
 
 
 @pytest.fixture
@@ -60,6 +60,23 @@ def test_a_lease_is_as_urgent_after_a_restart(world: World) -> None:
     world.ask("chat", priority=Priority.INTERACTIVE, wait_seconds=500)
     assert snapshot(world.broker)["leases"][0]["priority"] == "interactive"
     assert world.broker.state.wish(paint) is None, "nobody is more urgent"
+
+
+def test_what_an_unload_left_is_no_model_in_the_next_life(world: World) -> None:
+    world.grant("paint", loaded=True)
+    world.broker.release(next(iter(world.broker.state.leases)).token)
+    lease = world.grant("chat", loaded=True)
+    assert world.services["paint"].used_mib(0) == CONTEXT_MIB
+    world.restart()
+    world.broker.observe_card()
+    state, lease = world.broker.state, world.broker.lease(lease.token)
+    assert state.intruders_of(lease) == frozenset()
+    rows = {row["name"]: (row["held_mib"], row["resident"]) for row in snapshot(world.broker)["consumers"]}
+    assert rows["paint"] == (CONTEXT_MIB, False)
+    world.services["paint"].take()
+    world.pass_time(5)
+    world.broker.observe_card()
+    assert state.intruders_of(lease) == {"paint"}, "it was loaded beside the lease"
 
 
 def test_a_shortened_ttl_is_not_promised_longer_than_it_was_written(world: World) -> None:
