@@ -12,9 +12,10 @@ from flask import Blueprint, Request, Response, jsonify, render_template, reques
 from markupsafe import Markup
 
 from gpumgr import __version__
-from gpumgr.errors import GpuUnreadable, ShuttingDown
+from gpumgr.errors import GpumgrError, GpuUnreadable, ShuttingDown, StoreUnavailable
 from gpumgr.runtime.broker import Broker
 from gpumgr.runtime.snapshot import snapshot
+from gpumgr.runtime.state import State
 from gpumgr.web.access import bearer_of
 from gpumgr.web.page import Page, page
 from gpumgr.web.problems import respond
@@ -56,13 +57,19 @@ def routes(broker: Broker) -> Blueprint:
         if not missing:
             return jsonify({"ready": True, "missing": []})
         said = f"not ready: {'; '.join(missing)}"
-        error = ShuttingDown(said, missing=missing) if broker.state.stopping else GpuUnreadable(said, missing=missing)
+        error = _why_not_ready(broker.state)(said, missing=missing)
         response = respond(error)
         body = jsonify({"ready": False, "missing": missing, **error.to_wire()})
         response.set_data(body.get_data())
         return response
 
     return blueprint
+
+
+def _why_not_ready(state: State) -> type[GpumgrError]:
+    if state.stopping:
+        return ShuttingDown
+    return GpuUnreadable if state.store_error is None else StoreUnavailable
 
 
 def prefers_page(request: Request) -> bool:

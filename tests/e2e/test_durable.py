@@ -150,7 +150,7 @@ def test_a_full_disk_stops_grants_and_no_lease(durable: RunningBroker) -> None:
     found = durable.status()
     assert found["store"]["ok"] is False
     ready = durable.http.get(f"{durable.url}/readyz", timeout=5)
-    assert ready.status_code == 503
+    assert (ready.status_code, ready.json()["error"]["code"]) == (503, "store_unavailable")
     assert "gpumgr.db" in ready.json()["missing"][0]
     assert durable.release(lease["token"]).json() == {"released": True}
     worker.rlimit(psutil.RLIMIT_FSIZE, unlimited)
