@@ -29,6 +29,7 @@ import requests
 from gpumgr.errors import GpumgrError, LeaseUnknown, from_wire
 
 DEFAULT_URL = "http://127.0.0.1:8770"
+URL_VARIABLE = "GPUMGR_URL"
 TOKEN_VARIABLE = "GPUMGR_TOKEN"  # noqa: S105 - where it is, not what
 CALL_SECONDS = 10.0
 LONGEST_ANSWER_SECONDS = 1500.0
@@ -187,11 +188,12 @@ class HeldLease:
 class Gpu:
     """A broker. One object may serve many threads; each call is a request on a pooled connection.
 
-    ``token``: the secret of a broker with ``server.auth: bearer``; without it that of ``GPUMGR_TOKEN``, if it is set.
+    ``url``: without it that of ``GPUMGR_URL``, else this machine's own broker. ``token``: the secret of a broker with
+    ``server.auth: bearer``; without it that of ``GPUMGR_TOKEN``, if it is set.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, token: str | None = None) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str | None = None, token: str | None = None) -> None:
+        self.url = (url or os.environ.get(URL_VARIABLE) or DEFAULT_URL).rstrip("/")
         self._session = requests.Session()
         self._session.trust_env = False
         token = os.environ.get(TOKEN_VARIABLE) if token is None else token

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal, Self
 import pytest
 
 from gpumgr import cli
-from gpumgr.client import BrokerUnreachable, Gpu, HeldLease, LeaseLost
+from gpumgr.client import DEFAULT_URL, BrokerUnreachable, Gpu, HeldLease, LeaseLost
 from gpumgr.errors import (
     ConsumerUnknown,
     InsufficientVram,
@@ -250,6 +250,15 @@ def test_every_acquire_is_a_request_of_its_own(gpu: Gpu) -> None:
 
 
 # -- a broker that is not there -----------------------------------------------------------------------------
+
+
+def test_the_address_is_that_of_the_environment_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUMGR_URL", "http://127.0.0.1:9/")
+    with Gpu() as from_environment, Gpu("http://127.0.0.1:10") as given:
+        assert (from_environment.url, given.url) == ("http://127.0.0.1:9", "http://127.0.0.1:10")
+    monkeypatch.delenv("GPUMGR_URL")
+    with Gpu() as usual:
+        assert usual.url == DEFAULT_URL
 
 
 def test_nobody_there() -> None:
