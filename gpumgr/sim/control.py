@@ -16,10 +16,17 @@ from gpumgr.sim.service import Faults, SimulatedService
 from gpumgr.sim.untracked import UntrackedProcess
 
 FAULTS = frozenset(fault.name for fault in fields(Faults))
+ROOMS_OF = {
+    **dict.fromkeys((("GET", "ledger"), ("POST", "die"), ("POST", "start")), "/SERVICE"),
+    ("POST", "faults"): "/SERVICE with a JSON object of faults",
+    ("POST", "processes"): " with name, used_mib",
+    ("DELETE", "processes"): "/PID",
+}
+"""What follows in the path."""
 
 
 class Control:
-    """``GET /`` lists the addresses; each other route is one of the methods below."""
+    """``GET /`` lists the addresses, the faults and the other routes; each is one of the methods below."""
 
     def __init__(self, card: SimulatedCard, services: Mapping[str, SimulatedService], port: int = 0) -> None:
         self._card = card
@@ -40,18 +47,7 @@ class Control:
 
     def _answer(self, request: Request) -> Reply:
         room, _, name = request.path.strip("/").partition("/")
-        routes: dict[tuple[str, str], Callable[[Request, str], Reply]] = {
-            ("GET", ""): self._addresses,
-            ("GET", "card"): self._show_card,
-            ("POST", "card"): self._change_card,
-            ("GET", "ledger"): self._ledger,
-            ("POST", "processes"): self._start_process,
-            ("DELETE", "processes"): self._end_process,
-            ("POST", "faults"): self._change_faults,
-            ("POST", "die"): self._die,
-            ("POST", "start"): self._start,
-        }
-        answer = routes.get((request.method, room))
+        answer = self._routes().get((request.method, room))
         if answer is None:
             return _no(404, f"no route {request.method} {request.path}")
         try:
@@ -63,9 +59,28 @@ class Control:
         except OutOfMemory as error:
             return _no(409, str(error))
 
+    def _routes(self) -> dict[tuple[str, str], Callable[[Request, str], Reply]]:
+        return {
+            ("GET", ""): self._show_all,
+            ("GET", "card"): self._show_card,
+            ("POST", "card"): self._change_card,
+            ("GET", "ledger"): self._ledger,
+            ("POST", "processes"): self._start_process,
+            ("DELETE", "processes"): self._end_process,
+            ("POST", "faults"): self._change_faults,
+            ("POST", "die"): self._die,
+            ("POST", "start"): self._start,
+        }
+
+    def _show_all(self, _: Request, __: str) -> Reply:
+        routes = [f"{method} /{room}{ROOMS_OF.get((method, room), '')}" for method, room in self._routes()]
+        return json_reply({**self._addressed(), "faults": sorted(FAULTS), "routes": routes})
+
+    def _addressed(self) -> dict[str, Any]:
+        return {"services": {name: service.url for name, service in self._services.items()}, "control": self.url}
+
     def _addresses(self, _: Request, __: str) -> Reply:
-        services = {name: service.url for name, service in self._services.items()}
-        return json_reply({"services": services, "control": self.url})
+        return json_reply(self._addressed())
 
     def _show_card(self, _: Request, __: str) -> Reply:
         return json_reply(self._card.state())

@@ -88,6 +88,9 @@ def test_as_a_process_of_its_own(tmp_path: Path) -> None:
             addresses = json.loads(process.stdout.readline())
             config = yaml.safe_load(Path(addresses["config"]).read_text())
             assert config["consumers"]["ollama"]["url"] == addresses["services"]["ollama"]
+            told = requests.get(addresses["control"], timeout=5).json()
+            assert "keeps_memory" in told["faults"]
+            assert "POST /faults/SERVICE with a JSON object of faults" in told["routes"]
             requests.post(f"{addresses['control']}/processes", json={"name": "game", "used_mib": 6000}, timeout=5)
             read = SimulatedProbe(read_card_file(Path(addresses["card"])), {}).read
             until(lambda: read().gpus[0].free_mib == 18000)
