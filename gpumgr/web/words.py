@@ -68,6 +68,8 @@ UNREADABLE = {
 """By whether declared sizes are believed then."""
 NOT_KNOWN = "not known"
 SECRET = frozenset({"token"})
+FOR_AUDITS = frozenset({"arrival", "granted_boot", "expires_boot"})
+"""Facts that tell people nothing."""
 INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 """Control characters, what turns the direction of text around, and halves of characters that no UTF-8 can hold."""
 
@@ -179,7 +181,7 @@ def warnings(consumer: Facts) -> list[str]:
 
 def event(told: Facts) -> tuple[str, str]:
     """What happened in words, and the facts that the words leave out."""
-    facts = {key: value for key, value in told.items() if key not in SECRET | {"at", "type", "consumer"}}
+    facts = {key: value for key, value in told.items() if key not in SECRET | FOR_AUDITS | {"at", "type", "consumer"}}
     tell = EVENTS.get(str(told.get("type")))
     words = "" if tell is None else tell(facts)
     return words, " ".join(f"{key}={plain(value)}" for key, value in facts.items())

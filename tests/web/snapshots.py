@@ -129,7 +129,18 @@ def waiting(position: int = 1, waiting_for: str = "holder", holder: str | None =
 
 _EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("start", {"consumer": None, "version": "0.1.0"}),
-    ("grant", {"lease_id": "aa11", "holder": "chat", "fence": 1, "waited_seconds": 0.12}),
+    (
+        "grant",
+        {
+            "lease_id": "aa11",
+            "holder": "chat",
+            "fence": 1,
+            "waited_seconds": 0.12,
+            "arrival": 7,
+            "granted_boot": 24763.3,
+            "expires_boot": 24883.3,
+        },
+    ),
     ("release", {"lease_id": "aa11", "holder": "chat", "fence": 1, "held_seconds": 42.1}),
     ("expire", {"lease_id": "aa12", "holder": None, "fence": 2, "held_seconds": 142.1}),
     ("revoke", {"lease_id": "aa13", "holder": "chat", "by": "operator", "reason": "stuck"}),

@@ -293,6 +293,13 @@ def test_every_event_has_its_words_and_loses_no_fact(shown: Callable[[Facts], Wa
     assert said in shown(facts).text
 
 
+def test_what_is_for_audits_alone_is_not_on_the_page(shown: Callable[[Facts], Walk]) -> None:
+    text = shown(everything()).text
+    assert "fence=1" in text
+    assert "arrival" not in text
+    assert "_boot" not in text
+
+
 def test_every_event_of_the_sample_is_known_but_one() -> None:
     assert {event["type"] for event in everything()["events"]} - set(words.EVENTS) == {"something new"}
 
