@@ -7,10 +7,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from gpumgr import __version__, run
-from gpumgr.client import DEFAULT_URL, BrokerUnreachable, Gpu
+from gpumgr.client import DEFAULT_URL, URL_VARIABLE, BrokerUnreachable, Gpu
 from gpumgr.errors import GpumgrError
 from gpumgr.simulate import command as simulator
 
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     orders.add_argument("--open-only", action="store_true", help="without the agents that ask again")
     orders.add_argument("--out", type=Path, metavar="DIRECTORY", help="for simulate.json and the pictures")
     orders.add_argument("--no-pictures", action="store_true", help="which need matplotlib (the extra `dev`)")
-    url = os.environ.get("GPUMGR_URL") or DEFAULT_URL
+    url = os.environ.get(URL_VARIABLE) or DEFAULT_URL
     keep = commands.add_parser("hold", help="keep the card free: for a game, before a suspend")
     keep.add_argument("--reason", help="told to whoever is refused meanwhile")
     keep.add_argument(
@@ -101,24 +102,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seconds(written: str) -> float:
-    seconds = float(written)
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError("must be more than 0 seconds")
-    return seconds
+    with suppress(ValueError):
+        if 0 < (seconds := float(written)) < float("inf"):
+            return seconds
+    raise argparse.ArgumentTypeError("must be a number of seconds above 0")
 
 
 def _share(written: str) -> float:
-    share = float(written)
-    if not 0 < share < float("inf"):
-        raise argparse.ArgumentTypeError("must be more than 0, such as 0.5 for half of the card's time")
-    return share
+    with suppress(ValueError):
+        if 0 < (share := float(written)) < float("inf"):
+            return share
+    raise argparse.ArgumentTypeError("must be a number above 0, such as 0.5 for half of the card's time")
 
 
 def _count(written: str) -> int:
-    count = int(written)
-    if count < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return count
+    with suppress(ValueError):
+        if (count := int(written)) >= 1:
+            return count
+    raise argparse.ArgumentTypeError("must be a whole number of 1 or more")
 
 
 def hold(url: str, reason: str | None, ttl_seconds: float | None, wait_seconds: float) -> int:
@@ -138,7 +139,10 @@ def hold(url: str, reason: str | None, ttl_seconds: float | None, wait_seconds: 
         return 1
     whose = ", ".join(held["in_use"] or held["resident"])
     print(f"{held['state']}{f' ({whose})' if whose else ''}, until {held['until_at']}; gpumgr resume ends it")
-    return 0 if held["state"] == "free" or not wait_seconds else 1
+    if held["state"] == "free" or not wait_seconds:
+        return 0
+    print(f"gpumgr hold: the card is not free after {wait_seconds:g} s; the hold stays", file=sys.stderr)
+    return 1
 
 
 def resume(url: str) -> int:

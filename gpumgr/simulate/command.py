@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,10 @@ class Wanted:
 
 
 def simulate(wanted: Wanted) -> int:
-    """Prints. Raises: OSError, ValueError where the trace cannot be read."""
+    """Prints. Raises: OSError, ValueError where the trace cannot be read; ImportError before anything is played, where
+    pictures are wanted and there is no matplotlib."""
+    if wanted.directory is not None and wanted.pictures:
+        importlib.import_module("gpumgr.simulate.pictures")
     seeds = range(1, wanted.seeds + 1)
     found = {}
     for scene in scenes(wanted):

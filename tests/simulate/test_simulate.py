@@ -157,12 +157,12 @@ def test_the_command_prints_a_table_and_writes_what_it_found(
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["--load", "-1"], "more than 0, such as 0.5"),
-        (["--load", "nan"], "more than 0, such as 0.5"),
-        (["--load", "half"], "half"),
-        (["--requests", "0"], "--requests: must be 1 or more"),
-        (["--seeds", "-4"], "--seeds: must be 1 or more"),
-        (["--every", "0"], "--every: must be 1 or more"),
+        (["--load", "-1"], "above 0, such as 0.5"),
+        (["--load", "nan"], "above 0, such as 0.5"),
+        (["--load", "half"], "above 0, such as 0.5"),
+        (["--requests", "0"], "--requests: must be a whole number of 1 or more"),
+        (["--seeds", "-4"], "--seeds: must be a whole number of 1 or more"),
+        (["--every", "0"], "--every: must be a whole number of 1 or more"),
     ],
 )
 def test_the_command_refuses_what_cannot_be_played(
