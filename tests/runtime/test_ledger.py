@@ -132,6 +132,34 @@ def test_a_reload_is_timed_from_the_grant_with_close_looks(world: World) -> None
     assert account(world, "paint").observations[0].reload_seconds == 1.0
 
 
+@pytest.mark.parametrize("rests_seconds", [0.0, 0.2, 1.0, 3.0])
+def test_a_reload_is_known_also_where_the_next_one_takes_the_card_at_once(world: World, rests_seconds: float) -> None:
+    """Each swap on a card that is waited for."""
+    lease = world.grant("paint")
+    for mib in (0, 400, 4000, 9000, 13000, *[13000] * 8):
+        world.services["paint"].take(mib)
+        world.pass_time(world.broker.observe_card())
+    world.broker.release(lease.token)
+    world.pass_time(rests_seconds)
+    world.grant("chat", loaded=True)
+    look(world)
+    assert world.services["paint"].asked_to_unload
+    assert [each.reload_seconds for each in account(world, "paint").observations] == [1.0]
+    assert [each.peak_mib for each in account(world, "paint").observations] == [{0: 13000}]
+
+
+def test_a_load_outlives_an_unload_that_failed(world: World) -> None:
+    lease = world.grant("paint")
+    for mib in (0, 400, 4000, 9000, 13000, *[13000] * 8):
+        world.services["paint"].take(mib)
+        world.pass_time(world.broker.observe_card())
+    world.broker.release(lease.token)
+    world.services["paint"].lies = True
+    assert isinstance(world.refusal("chat"), EvictionFailed)
+    look(world)
+    assert [each.reload_seconds for each in account(world, "paint").observations] == [1.0]
+
+
 def test_who_is_on_the_card_already_reloads_nothing(world: World) -> None:
     use(world, "paint", 14000)
     use(world, "paint", 14000)
