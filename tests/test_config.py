@@ -141,6 +141,8 @@ def test_the_shipped_file_is_right_and_shows_the_defaults() -> None:
         ({"scheduling.quantum_seconds": "long"}, ["scheduling.quantum_seconds", "or auto"]),
         ({"scheduling.quantum_seconds": 0}, ["scheduling.quantum_seconds", "more than 0"]),
         ({"scheduling.quantum_seconds": 900_000_000_000}, ["scheduling.quantum_seconds", "at most 86400"]),
+        ({"routing.stt": []}, ["routing.stt", "a consumer's name, or {consumer: NAME", "[]"]),
+        ({"routing.stt": " "}, ["routing.stt", "a consumer's name, or"]),
         ({"lease.min_hold_seconds": -1}, ["lease.min_hold_seconds", "0 seconds or more", "-1"]),
         ({"lease.quarantine_seconds": True}, ["lease.quarantine_seconds", "finite number"]),
         (

@@ -238,8 +238,12 @@ def _routing(section: Section, consumers: list[str]) -> tuple[dict[str, str], di
 
 
 def _route(where: str, value: Any) -> tuple[str, Priority]:
+    if isinstance(value, str) and value.strip():
+        return value, Priority.NORMAL
     if not isinstance(value, dict):
-        return check.text(where, value), Priority.NORMAL
+        raise ConfigError(
+            f"{where} must be a consumer's name, or {{consumer: NAME, priority: …}}, not {check.shown(value)}"
+        )
     section = Section(where, value)
     target = section.need("consumer", check.text, "write the consumer that this kind leads to")
     priority = section.take("priority", check.one_of(*Priority), Priority.NORMAL.value)
