@@ -75,7 +75,7 @@ def ahead_words(count: int) -> str:
 def quantum_words(found: Why, until: str) -> str:
     whose = ", ".join(found.whose)
     if found.lingers:
-        return f"{whose} usually comes back within a moment, and keeps the GPU for that, until {until} at the latest"
+        return f"{whose} usually comes back within a moment, and keeps the GPU for that, until {until} if it does not"
     return (
         f"{whose} is on the GPU and keeps its turn until {until}, or longer if more requests come; what runs then is "
         "waited for. So there are fewer swaps"

@@ -9,12 +9,14 @@ import pytest
 from gpumgr.config import SchedulingSettings
 from gpumgr.core.lease import Lease
 from gpumgr.core.ledger import Observation, Unloaded
+from gpumgr.core.outlook import Why
 from gpumgr.core.quantum import FLOOR_SECONDS, PATIENCE, UNKNOWN_SWAP_SECONDS, Quantum
-from gpumgr.core.queue import Fifo, Priority
+from gpumgr.core.queue import Fifo, Priority, WaitingFor
 from gpumgr.core.resuming import KEPT, Resuming
 from gpumgr.errors import ConsumerUnhealthy, SchedulerTimeout
 from gpumgr.runtime.broker import Broker, order_of
 from gpumgr.runtime.ports import Kept
+from gpumgr.runtime.refusals import quantum_words
 from gpumgr.runtime.snapshot import snapshot
 from gpumgr.runtime.ticket import Ask
 from tests.worlds import Caller, Calling, Stand, World, catalog, consumer, started
@@ -387,6 +389,11 @@ def test_a_refusal_tells_of_the_quantum(world: World) -> None:
     error = paint.error()
     assert (error.details["waiting_for"], error.details["quantum_ends_at"]) == ("quantum", ends_at)
     assert "waiting for quantum: chat is on the GPU and keeps its turn until" in error.message
+
+
+def test_a_linger_is_told_with_what_ends_it_later() -> None:
+    said = quantum_words(Why(WaitingFor.QUANTUM, whose=("chat",), lingers=True), "12:00")
+    assert said == "chat usually comes back within a moment, and keeps the GPU for that, until 12:00 if it does not"
 
 
 def test_nobody_is_given_an_estimate_out_of_nothing(world: World) -> None:
