@@ -97,10 +97,10 @@ class Ledger:
     def unloaded(self, consumer: Consumer, victim: Victim, at: str) -> None:
         """An unload was judged. One that nobody was asked for is none. Where it took the memory away, the use before it
         is over, and what that learned of its load stays: on a card that is waited for no reading comes in between."""
-        use = self._uses.pop(consumer.name, None) if victim.reason is None else None
-        if use is not None:
-            self._end_use(consumer, use, at)
         if victim.reason is None:
+            use = self._uses.pop(consumer.name, None)
+            if use is not None:
+                self._end_use(consumer, use, at)
             self._loads.pop(consumer.name, None)
         if victim.asked:
             self._enter(consumer, unloaded(victim, at))

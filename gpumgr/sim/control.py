@@ -16,13 +16,13 @@ from gpumgr.sim.service import Faults, SimulatedService
 from gpumgr.sim.untracked import UntrackedProcess
 
 FAULTS = frozenset(fault.name for fault in fields(Faults))
-ROOMS_OF = {
+ARGUMENTS = {
     **dict.fromkeys((("GET", "ledger"), ("POST", "die"), ("POST", "start")), "/SERVICE"),
     ("POST", "faults"): "/SERVICE with a JSON object of faults",
     ("POST", "processes"): " with name, used_mib",
     ("DELETE", "processes"): "/PID",
 }
-"""What follows in the path."""
+"""What a route takes after its first word, and in its body."""
 
 
 class Control:
@@ -73,7 +73,7 @@ class Control:
         }
 
     def _show_all(self, _: Request, __: str) -> Reply:
-        routes = [f"{method} /{room}{ROOMS_OF.get((method, room), '')}" for method, room in self._routes()]
+        routes = [f"{method} /{room}{ARGUMENTS.get((method, room), '')}" for method, room in self._routes()]
         return json_reply({**self._addressed(), "faults": sorted(FAULTS), "routes": routes})
 
     def _addressed(self) -> dict[str, Any]:
